@@ -1,0 +1,1 @@
+"""Built from the lessons; see the head of each file."""
