@@ -1,0 +1,168 @@
+"""`tito dev build`: from src/ to the students' notebooks, the reference package and the index.
+
+Building twice changes no byte: ids are derived, nothing has a date, and only what differs is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from tito.course.errors import CourseError
+from tito.course.export import directives, module_source, parse, public_names
+from tito.course.files import write_atomic
+from tito.course.manifest import INDEX, Lesson
+from tito.course.notebook import cells_of, digest, to_text
+from tito.maintainer import source
+
+ORIGIN = "Built from {path} by `tito dev build`: change it there, not here."
+
+
+def build(root: Path, numbers: list[str] | None = None) -> list[Path]:
+    """Build the lessons `numbers` (default: all) and the index; return the files that changed."""
+    lessons = source.bare_lessons(root)
+    chosen = [lesson for lesson in lessons if not numbers or lesson.number in numbers]
+    changed = []
+    for lesson in chosen:
+        for path, text in built_files(lesson).items():
+            changed += _write(path, text)
+    changed += _write(root / INDEX, index_text(root, lessons, chosen))
+    return changed
+
+
+def built_files(lesson: Lesson) -> dict[Path, str]:
+    """What the build makes of one lesson: its notebook and its reference file, as texts."""
+    return {lesson.notebook: notebook_text(lesson), lesson.package_file: reference_text(lesson)}
+
+
+def notebook_text(lesson: Lesson) -> str:
+    """The student's notebook: nbgrader's own preprocessors remove solutions, hidden tests and outputs."""
+    # nbgrader's logger writes to the terminal while it loads; it has nothing to say to a maintainer.
+    logging.disable(logging.CRITICAL)
+    try:
+        from nbgrader.preprocessors import (
+            CheckCellMetadata,
+            ClearHiddenTests,
+            ClearOutput,
+            ClearSolutions,
+            ComputeChecksums,
+            LockCells,
+        )
+    except ImportError:
+        raise CourseError(
+            "Building needs nbgrader, which is not installed.", "Run `pip install -e '.[dev,grade]'`."
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
+    notebook = source.notebook_of(lesson)
+    titles = {f"{lesson.number}-{entry['id']}": entry["title"] for entry in source.exercises(lesson)}
+    steps = [CheckCellMetadata(), LockCells(), _Holes(ClearSolutions(), titles), ClearHiddenTests(), ClearOutput()]
+    for step in [*steps, ComputeChecksums()]:
+        notebook, _ = step.preprocess(notebook, {})
+    for cell in notebook.cells:
+        cell.source = cell.source.rstrip()
+        for name in ("cell_marker", "lines_to_next_cell"):  # jupytext's notes on the layout of the source
+            cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            cell.execution_count = None
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {
+        "kernelspec": kernel, "language_info": {"name": "python"}, "tinytorch": {"lesson": lesson.number}
+    }
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    plain = json.loads(json.dumps(notebook))
+    for cell in plain["cells"]:
+        cell["source"] = cell["source"].splitlines(keepends=True)
+    return to_text(plain)
+
+
+class _Holes:
+    """nbgrader's ClearSolutions, cell by cell, so that each hole's stub names its exercise."""
+
+    def __init__(self, clear, titles: dict[str, str]):
+        self.clear, self.titles = clear, titles
+
+    def preprocess(self, notebook, resources):
+        for number, cell in enumerate(notebook.cells):
+            grading = cell.metadata.get("nbgrader", {})
+            if grading.get("solution"):
+                self.clear.code_stub = {"python": stub(grading["grade_id"], self.titles.get(grading["grade_id"]))}
+                notebook.metadata.setdefault("kernelspec", {})["language"] = "python"
+                resources["language"] = "python"
+                notebook.cells[number], resources = self.clear.preprocess_cell(cell, resources, number)
+        return notebook, resources
+
+
+def stub(grade_id: str, title: str | None) -> str:
+    """What is left of a solution: an error that names the exercise and the command for a hint."""
+    number, exercise = grade_id.split("-", 1)
+    return (
+        "# Your code here.\n"
+        f'raise NotImplementedError("Exercise {grade_id} ({title or exercise}) is still to be written. "\n'
+        f'                          "A hint: tito module hint {number} {exercise}")'
+    )
+
+
+def reference_text(lesson: Lesson) -> str:
+    """The reference file of the package."""
+    origin = ORIGIN.format(path=lesson.source.relative_to(lesson.root).as_posix())
+    return module_source(lesson, source.cells(lesson), origin)
+
+
+def index_text(root: Path, lessons: list[Lesson], chosen: list[Lesson]) -> str:
+    """modules/index.json: what student commands know of the course; lessons not `chosen` keep their entries."""
+    old = json.loads((root / INDEX).read_text(encoding="utf-8"))["lessons"] if (root / INDEX).is_file() else []
+    known = {entry["number"]: entry for entry in old} | {lesson.number: index_entry(lesson) for lesson in chosen}
+    entries = [known[lesson.number] for lesson in lessons if lesson.number in known]
+    index = {"comment": "Built by `tito dev build`.", "course": source.registry(root)["course"], "lessons": entries}
+    return json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+
+
+def index_entry(lesson: Lesson) -> dict:
+    """The registry's entry with what the notebook and the exercises add to it."""
+    text = lesson.notebook.read_text(encoding="utf-8")
+    released = cells_of(json.loads(text), str(lesson.notebook))
+    solved = {cell.grade_id: cell for cell in source.cells(lesson) if cell.grade_id}
+    titles = {entry["id"]: entry["title"] for entry in source.exercises(lesson)}
+    raw = json.loads(text)["cells"]
+    checks = []
+    for cell in released:
+        if cell.is_check:
+            points = raw[cell.number - 1]["metadata"]["nbgrader"]["points"]
+            exercise = cell.grade_id.removeprefix(f"{lesson.number}-").removesuffix("-test")
+            title = titles.get(exercise, exercise.replace("-", " ").capitalize())
+            checks.append({"id": cell.grade_id, "title": title, "points": points, "digest": digest(cell.source)})
+    exercises = [
+        {
+            "id": entry["id"],
+            "title": entry["title"],
+            "hints": entry.get("hints", []),
+            "exports": _exports(solved.get(f"{lesson.number}-{entry['id']}")),
+        }
+        for entry in source.exercises(lesson)
+    ]
+    names = ("number", "name", "title", "summary", "target", "minutes", "points")
+    entry = {name: getattr(lesson, name) for name in names} | {"needs": list(lesson.needs)}
+    exports = [name for cell in source.cells(lesson) for name in _exports(cell)]
+    return entry | {
+        "exports": list(dict.fromkeys(exports)),
+        "exercises": exercises,
+        "checks": checks,
+        "notebook_digest": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+    }
+
+
+def _exports(cell) -> list[str]:
+    """The public names that a cell gives to the package."""
+    if cell is None or cell.kind != "code" or "export" not in directives(cell):
+        return []
+    return public_names(parse(cell))
+
+
+def _write(path: Path, text: str) -> list[Path]:
+    if path.is_file() and path.read_bytes() == text.encode("utf-8"):
+        return []
+    write_atomic(path, text)
+    return [path]
