@@ -1,0 +1,45 @@
+"""The command line: parse, call one function, exit with its code.
+
+Nothing beyond Typer is imported at the top. Each command imports its own module when it runs, so `tito --help` is
+quick; tests/architecture/test_budgets.py measures that.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+PLAIN = {"rich_markup_mode": None, "add_completion": False, "no_args_is_help": True}
+app = typer.Typer(**PLAIN, help="TinyTorch: build a deep-learning framework in NumPy, lesson by lesson.")
+module = typer.Typer(**PLAIN, help="Work on a lesson: start, test, complete, hint, reset, list.")
+dev = typer.Typer(**PLAIN, help="For those who write lessons: build and verify.")
+app.add_typer(module, name="module")
+app.add_typer(dev, name="dev")
+
+Numbers = Annotated[list[str] | None, typer.Argument(metavar="[LESSON]...", show_default=False)]
+
+
+@dev.command()
+def build(lessons: Numbers = None) -> None:
+    """Build notebooks, package files and the index from src/ (all lessons, or those named)."""
+    from tito.course import manifest
+    from tito.maintainer import build as job
+
+    raise typer.Exit(int(job.build(manifest.find_root(), lessons or []) or 0))
+
+
+@dev.command()
+def verify(lessons: Numbers = None) -> None:
+    """Prove lessons: unsolved fails every check, solved passes all, wrong bodies fail with their message."""
+    from tito.course import manifest
+    from tito.maintainer import verify as job
+
+    raise typer.Exit(int(job.verify(manifest.find_root(), lessons or []) or 0))
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    sys.exit(app())
