@@ -25,19 +25,33 @@ Numbers = Annotated[list[str] | None, typer.Argument(metavar="[LESSON]...", show
 @dev.command()
 def build(lessons: Numbers = None) -> None:
     """Build notebooks, package files and the index from src/ (all lessons, or those named)."""
-    from tito.course import manifest
     from tito.maintainer import build as job
+    from tito.maintainer import source
 
-    raise typer.Exit(int(job.build(manifest.find_root(), lessons or []) or 0))
+    root = source.find_root()
+    changed = job.build(root, source.chosen(root, lessons or []))
+    for path in changed:
+        print(f"built {path.relative_to(root).as_posix()}")
+    print(f"{len(changed)} files changed." if changed else "Everything was up to date.")
 
 
 @dev.command()
 def verify(lessons: Numbers = None) -> None:
     """Prove lessons: unsolved fails every check, solved passes all, wrong bodies fail with their message."""
-    from tito.course import manifest
+    from tito.maintainer import source
     from tito.maintainer import verify as job
 
-    raise typer.Exit(int(job.verify(manifest.find_root(), lessons or []) or 0))
+    root = source.find_root()
+
+    def tell(finding) -> None:
+        print(f"{'FAIL' if finding.problem else 'ok  '} {finding.lesson} {finding.subject}")
+        if finding.problem:
+            print(f"       {finding.problem}")
+
+    findings = job.verify(root, source.chosen(root, lessons or []), tell)
+    failed = sum(finding.problem is not None for finding in findings)
+    print(f"{len(findings) - failed} hold, {failed} fail.")
+    raise typer.Exit(1 if failed else 0)
 
 
 def main() -> None:

@@ -12,11 +12,28 @@ import tomllib
 from pathlib import Path
 
 from tito.course.errors import CourseError
-from tito.course.manifest import Lesson
+from tito.course.manifest import Course, Lesson
 from tito.course.notebook import Cell, cells_of, fill
 
 REGION = re.compile(r"^(?P<indent>[ \t]*)### BEGIN SOLUTION[ \t]*\n.*?^[ \t]*### END SOLUTION[ \t]*$", re.M | re.S)
 MARKER = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION[ \t]*\n?", re.M)
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The maintainers' repository: the nearest folder from `start` upwards that holds src/course.toml."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "src" / "course.toml").is_file():
+            return folder
+    raise CourseError(
+        f"No src/course.toml in {here} or a folder above it.", "This command needs the maintainers' repository."
+    )
+
+
+def chosen(root: Path, texts: list[str]) -> list[str]:
+    """The numbers of the lessons that `texts` name (as 17, 17_memoization or memoization); empty means all."""
+    course = Course(root, "", "", tuple(bare_lessons(root)))
+    return [course.lesson(text).number for text in texts]
 
 
 def registry(root: Path) -> dict:
