@@ -1,0 +1,205 @@
+"""Generate text from a checkpoint, with and without the KV cache, and measure both.
+
+Runs against whichever `tinytorch` comes first on the path, so the cache that is measured may be the learner's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
+
+from tito.jobs import language
+
+LENGTHS = (32, 64, 128, 256)
+
+
+def generate(model, tokenizer, prompt: list[int], count: int, sampling: dict, show: bool) -> tuple[list, list]:
+    """Continue `prompt` by `count` tokens; the ids, and the seconds that each new token took.
+
+    Shows the text token by token where `show` is set.
+    """
+    times, screen = [time.perf_counter()], Screen(tokenizer, prompt) if show else None
+
+    def on_token(token) -> None:
+        times.append(time.perf_counter())
+        if screen:
+            screen.add(int(token[0]))
+
+    seed = sampling.get("seed")
+    rng = None if seed is None else np.random.default_rng(seed)
+    ids = model.generate(
+        prompt, count, temperature=sampling["temperature"], top_k=sampling["top_k"], rng=rng, on_token=on_token
+    )
+    if screen:
+        screen.end()
+    return ids, list(np.diff(times))
+
+
+class Screen:
+    """Text that grows on the terminal; bytes of an unfinished character wait for the rest of it."""
+
+    def __init__(self, tokenizer, ids: list[int]):
+        self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
+        print("  | ", end="")
+        self.flush()
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self.flush()
+
+    def flush(self, last: bool = False) -> None:
+        text = self.tokenizer.decode(self.ids)
+        if last or not text.endswith("\ufffd"):
+            print(text[self.shown :].replace("\n", "\n  | "), end="", flush=True)
+            self.shown = len(text)
+
+    def end(self) -> None:
+        self.flush(last=True)
+        print()
+
+
+def compare(model, tokenizer, prompt: list[int], count: int, sampling: dict) -> bool:
+    """The same continuation without and with the cache, on screen, with tokens per second; are they the same?"""
+    print("\nWithout a cache: every token runs the whole sequence again.")
+    plain, plain_times = generate(model, tokenizer, prompt, count, sampling, show=True)
+    cache = enable_kv_cache(model)
+    print("\nWith the KV cache: every token runs alone and reads the keys and values of the others.")
+    cached, cached_times = generate(model, tokenizer, prompt, count, sampling, show=True)
+    same = plain == cached
+    disable_kv_cache(model)
+    slow, fast = count / sum(plain_times), count / sum(cached_times)
+    print(f"\nThe two texts are {'the same' if same else 'DIFFERENT'}: {count} new tokens after {len(prompt)}.")
+    print(f"  without cache {slow:8.1f} tokens/s")
+    print(f"  with cache    {fast:8.1f} tokens/s   {fast / slow:.1f} times as fast")
+    show_bytes(model, cache)
+    return same
+
+
+def show_bytes(model, cache) -> None:
+    """The cache's bytes, as the formula predicts them and as its arrays measure them."""
+    head_dim = model.embed_dim // model.num_heads
+    config = KVCacheConfig(model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, dtype=np.float32)
+    print(f"  cache: 2 x {model.num_layers} layers x {model.max_seq_len} tokens x {model.num_kv_heads} heads x {head_dim}"
+          f" x 4 bytes = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
+
+
+def measure(model, prompt: list[int], lengths=LENGTHS, repeats: int = 3) -> None:
+    """Seconds to reach each length from a short prompt, without and with the cache, in turn; medians."""
+    print("\n  length   without cache   with cache   speed-up   (medians of "
+          f"{repeats} pairs, {len(prompt)} tokens of prompt)")
+    for length in (n for n in lengths if len(prompt) < n <= model.max_seq_len):
+        slow, fast = [], []
+        for _ in range(repeats):
+            slow.append(seconds_to(model, prompt, length))
+            enable_kv_cache(model)
+            fast.append(seconds_to(model, prompt, length))
+            disable_kv_cache(model)
+        ratio = statistics.median(a / b for a, b in zip(slow, fast))
+        seconds = f"{statistics.median(slow):13.3f} s {statistics.median(fast):10.3f} s"
+        print(f"  {length:6} {seconds} {ratio:10.1f}", flush=True)
+
+
+def seconds_to(model, prompt: list[int], length: int) -> float:
+    started = time.perf_counter()
+    model.generate(prompt, length - len(prompt))
+    return time.perf_counter() - started
+
+
+def plot(model, tokenizer, prompt: list[int], path: Path) -> None:
+    """Time per token over length, without and with the cache, as a picture."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("No plot: matplotlib is not installed (pip install matplotlib).")
+        return
+    count, greedy = model.max_seq_len - len(prompt), {"temperature": 0, "top_k": None}
+    _, plain = generate(model, tokenizer, prompt, count, greedy, show=False)
+    enable_kv_cache(model)
+    _, cached = generate(model, tokenizer, prompt, count, greedy, show=False)
+    disable_kv_cache(model)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    lengths = len(prompt) + np.arange(1, count + 1)
+    axes.plot(lengths[1:], 1e3 * np.array(plain[1:]), "o", markersize=3, label="without cache", color="#d55e00")
+    axes.plot(lengths[1:], 1e3 * np.array(cached[1:]), "s", markersize=3, label="with KV cache", color="#0072b2")
+    axes.set(xlabel="length of the sequence (tokens)", ylabel="time per token (ms)", ylim=(0, None),
+             title=f"GPT, {model.num_layers} layers of width {model.embed_dim}: time per generated token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"\nPlot: {path}")
+
+
+def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    arguments = parse()
+    model, tokenizer, notes = language.load(arguments.checkpoint)
+    if arguments.describe:
+        describe(model, tokenizer, notes)
+    prompt = tokenizer.encode(arguments.prompt)
+    room = model.max_seq_len - len(prompt)
+    if not prompt or room < 1:
+        print(f"The prompt has {len(prompt)} tokens; it needs at least 1 and at most {model.max_seq_len - 1}.",
+              file=sys.stderr)
+        return 1
+    count = min(arguments.new, room)
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
+    if not arguments.compare:
+        if not arguments.no_cache:
+            enable_kv_cache(model)
+        _, times = generate(model, tokenizer, prompt, count, sampling, show=True)
+        how = "without" if arguments.no_cache else "with"
+        print(f"\n{count} tokens, {count / sum(times):.1f} tokens/s, {how} the KV cache")
+        return 0
+    same = compare(model, tokenizer, prompt, count, sampling)
+    if arguments.measure:
+        measure(model, prompt[:16])
+    if arguments.plot:
+        plot(model, tokenizer, prompt[:16], arguments.plot)
+    return 0 if same else 1
+
+
+def describe(model, tokenizer, notes: dict[str, str]) -> None:
+    """Where the checkpoint comes from, and its validation loss measured now, on this Python's text."""
+    from tinytorch.core.autograd import no_grad
+    from tinytorch.core.losses import cross_entropy
+
+    _, validation = language.splits(tokenizer.encode(language.text()))
+    with no_grad():
+        losses = [
+            float(cross_entropy(model(inputs), targets).numpy())
+            for inputs, targets in language.validation_batches(validation, model.max_seq_len)
+        ]
+    note = {"steps": "?", "text": "an unknown text", "seed": "?", "validation_loss": "?"} | notes
+    print(f"Checkpoint: {note['steps']} steps on {note['text']}, seed {note['seed']}; validation loss "
+          f"{note['validation_loss']} when trained, {np.mean(losses):.4f} measured now (nats per token)")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--new", type=int, default=120)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--describe", action="store_true")
+    parser.add_argument("--plot", type=Path, default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
