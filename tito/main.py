@@ -26,7 +26,7 @@ Numbers = Annotated[list[str] | None, typer.Argument(metavar="[LESSON]...", show
 def build(lessons: Numbers = None) -> None:
     """Build notebooks, package files and the index from src/ (all lessons, or those named)."""
     from tito.maintainer import build as job
-    from tito.maintainer import source
+    from tito.course import source
 
     root = source.find_root()
     changed = job.build(root, source.chosen(root, lessons or []))
@@ -38,7 +38,7 @@ def build(lessons: Numbers = None) -> None:
 @dev.command()
 def verify(lessons: Numbers = None) -> None:
     """Prove lessons: unsolved fails every check, solved passes all, wrong bodies fail with their message."""
-    from tito.maintainer import source
+    from tito.course import source
     from tito.maintainer import verify as job
 
     root = source.find_root()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tito.course import manifest, notebook
-from tito.maintainer import build, source, verify
+from tito.course import manifest, notebook, source
+from tito.maintainer import build, verify
 
 ROOT = Path(__file__).parents[2]
 COURSE = manifest.load(ROOT)

@@ -1,4 +1,4 @@
-"""Export: only what is marked goes into the package; what is wrong is said with cell and line, and nothing comes out."""
+"""Export: what is marked goes into the package; what is wrong is said with cell and line, and nothing comes out."""
 
 import ast
 import json

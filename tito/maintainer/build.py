@@ -10,12 +10,12 @@ import json
 import logging
 from pathlib import Path
 
+from tito.course import source
 from tito.course.errors import CourseError
 from tito.course.export import directives, module_source, parse, public_names
 from tito.course.files import write_atomic
 from tito.course.manifest import INDEX, Lesson
 from tito.course.notebook import cells_of, digest, to_text
-from tito.maintainer import source
 
 ORIGIN = "Built from {path} by `tito dev build`: change it there, not here."
 

@@ -17,11 +17,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tito.course import manifest
+from tito.course import manifest, source
 from tito.course.errors import CourseError
 from tito.course.manifest import Lesson
 from tito.course.notebook import Cell, read
-from tito.maintainer import build, source
+from tito.maintainer import build
 
 SECONDS_PER_WRONG_BODY = 120
 

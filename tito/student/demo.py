@@ -1,0 +1,128 @@
+"""`tito demo` and `tito generate`: the whole idea at work, on the package that is there, learner's files included.
+
+Both run the model in a process of its own. The demo works in a scratch copy of the course, so nothing of the
+learner's changes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tito import show
+from tito.course import progress, source
+from tito.course.errors import CourseError
+from tito.course.manifest import Course, Lesson
+
+CHECKPOINT = Path(__file__).parents[1] / "jobs" / "demo.safetensors"
+PROMPT = "The for statement is used to"
+TRAINING_STEPS = 600
+CACHE_LESSON = "memoization"
+
+
+def run_demo(
+    course: Course,
+    prompt: str = PROMPT,
+    new_tokens: int = 120,
+    train: bool = False,
+    steps: int = TRAINING_STEPS,
+    checkpoint: Path | None = None,
+    out: Path | None = None,
+) -> int:
+    """Complete lesson 17 as a student would, train or load a GPT, and compare generation with and without the cache.
+
+    Returns the exit code: 0 only if the lesson was completed and both texts are the same.
+    """
+    out = out or course.root / "out"
+    with tempfile.TemporaryDirectory(prefix="tito-demo-") as folder:
+        scratch = copy_course(course, Path(folder) / "course")
+        code = play_the_student(course, course.lesson(CACHE_LESSON), scratch)
+        if code:
+            return code
+        show.line()
+        show.heading("2. A GPT and its text", "the topics of pydoc_data, which every Python carries")
+        if train or not (checkpoint or CHECKPOINT).is_file():
+            checkpoint = checkpoint or out / "demo.safetensors"
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            code = run_job("train", scratch, ["--out", str(checkpoint.resolve()), "--steps", str(steps)])
+            if code:
+                return code
+        else:
+            checkpoint = checkpoint or CHECKPOINT
+        show.line()
+        show.heading("3. Generation without and with the KV cache")
+        plot = out.resolve() / "kv-cache-time-per-token.png"
+        return run_job("generate", scratch, [
+            "--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens),
+            "--describe", "--compare", "--measure", "--plot", str(plot),
+        ])  # fmt: skip
+
+
+def run_generate(
+    course: Course,
+    prompt: str,
+    checkpoint: Path | None = None,
+    new_tokens: int = 120,
+    cache: bool = True,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> int:
+    """Continue `prompt` on the learner's package; returns the exit code."""
+    checkpoint = checkpoint or CHECKPOINT
+    if not checkpoint.is_file():
+        raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")
+    arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]
+    arguments += ["--temperature", str(temperature)] + ([] if cache else ["--no-cache"])
+    arguments += [] if top_k is None else ["--top-k", str(top_k)]
+    arguments += [] if seed is None else ["--seed", str(seed)]
+    return run_job("generate", course.root, arguments)
+
+
+def copy_course(course: Course, to: Path) -> Path:
+    """A scratch copy of what a student works with."""
+    for name in ("modules", "tests", "tinytorch"):
+        if (course.root / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "backups")
+            shutil.copytree(course.root / name, to / name, ignore=ignore)
+    state = course.root / progress.FILE
+    if state.is_file():
+        (to / progress.FILE).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(state, to / progress.FILE)
+    return to
+
+
+def play_the_student(course: Course, lesson: Lesson, scratch: Path) -> int:
+    """Solve the lesson's notebook from the reference solution and run the real command on it."""
+    show.heading(f"1. A student finishes lesson {lesson.folder}", "in a scratch copy; your files stay as they are")
+    if progress.owner(course, lesson) == "learner":
+        show.line(f"You have completed it yourself: from here on, everything runs on your {lesson.package_path}.")
+        return 0
+    if not lesson.source.is_file():
+        show.line("There is no reference solution in this copy of the course; the package's own file is used.")
+        return 0
+    solved = source.solved_notebook(lesson)
+    (scratch / lesson.notebook.relative_to(lesson.root)).write_text(solved, encoding="utf-8")
+    show.line(f"$ tito module complete {lesson.number}", style="dim")
+    return run_python(["-m", "tito", "module", "complete", lesson.number], scratch)
+
+
+def run_job(name: str, root: Path, arguments: list[str]) -> int:
+    """Run a program of tito/jobs against the package at `root`."""
+    return run_python(["-m", f"tito.jobs.{name}", *arguments], root)
+
+
+def run_python(arguments: list[str], root: Path) -> int:
+    """Run this Python in `root`, with its package first on the path and tito's own after it."""
+    home = str(Path(__file__).parents[2])
+    path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    sys.stdout.flush()
+    try:
+        return subprocess.run([sys.executable, *arguments], cwd=root, env=env).returncode
+    except KeyboardInterrupt:
+        return 130
