@@ -6,54 +6,225 @@ quick; tests/architecture/test_budgets.py measures that.
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
+
+from tito.course.errors import CourseError
+
+HELP = """TinyTorch: build a deep-learning framework in NumPy, lesson by lesson.
+
+Begin with `tito module list` and `tito module start 01`. A lesson is named by number, name or folder: 17,
+memoization or 17_memoization."""
+STYLE = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
+STYLE["context_settings"] = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
+INTERRUPTED, UNEXPECTED = 130, 70
 
 
-PLAIN = {"rich_markup_mode": None, "add_completion": False, "no_args_is_help": True}
-app = typer.Typer(**PLAIN, help="TinyTorch: build a deep-learning framework in NumPy, lesson by lesson.")
-module = typer.Typer(**PLAIN, help="Work on a lesson: start, test, complete, hint, reset, list.")
-dev = typer.Typer(**PLAIN, help="For those who write lessons: build and verify.")
+
+class _Ordered(typer.core.TyperGroup):
+    """Lists the commands in the order in which a student meets them."""
+
+    def list_commands(self, context) -> list[str]:
+        return sorted(self.commands, key=ORDER.index)
+
+
+ORDER = ["module", "status", "doctor", "demo", "generate", "dev"]
+app = typer.Typer(**STYLE, cls=_Ordered, invoke_without_command=True, help=HELP)
+module = typer.Typer(**STYLE, invoke_without_command=True, help="Work on a lesson.")
+dev = typer.Typer(**STYLE, invoke_without_command=True, help="For those who write lessons.")
 app.add_typer(module, name="module")
 app.add_typer(dev, name="dev")
 
-Numbers = Annotated[list[str] | None, typer.Argument(metavar="[LESSON]...", show_default=False)]
+LessonName = Annotated[str, typer.Argument(metavar="LESSON", help="17, memoization or 17_memoization.")]
+LessonNames = Annotated[list[str] | None, typer.Argument(metavar="LESSON", help="All, where none is named.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
+
+
+@app.callback()
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"tito {installed('tinytorch-course')}")
+        raise typer.Exit()
+    _help_if_alone(context)
+
+
+@module.callback()
+@dev.callback()
+def _help_if_alone(context: typer.Context) -> None:
+    """Without a command, show which there are."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _course():
+    from tito.course import manifest
+
+    return manifest.load()
+
+
+@module.command()
+def start(lesson: LessonName, open: Annotated[bool, typer.Option(help="Open JupyterLab.")] = True) -> int:
+    """Begin a lesson: what it builds and needs; opens its notebook."""
+    from tito.student import start as job
+
+    return job.start(_course(), lesson, open)
+
+
+@module.command()
+def test(lesson: LessonName, json: Json = False) -> int:
+    """Run your notebook and show each check, with points."""
+    from tito.student import test as job
+
+    return job.test(_course(), lesson, json)
+
+
+@module.command()
+def complete(lesson: LessonName, json: Json = False) -> int:
+    """Test, then put your code into the package."""
+    from tito.student import complete as job
+
+    return job.complete(_course(), lesson, json)
+
+
+@module.command()
+def hint(
+    lesson: LessonName,
+    exercise: Annotated[str | None, typer.Argument(metavar="EXERCISE", help="As in the list.")] = None,
+    json: Json = False,
+) -> int:
+    """Show the next hint of an exercise, or list the exercises."""
+    from tito.student import hint as job
+
+    return job.hint(_course(), lesson, exercise, json)
+
+
+@module.command()
+def reset(lesson: LessonName) -> int:
+    """Begin a lesson anew; your notebook is kept as a dated backup."""
+    from tito.student import reset as job
+
+    return job.reset(_course(), lesson)
+
+
+@module.command(name="list")
+def list_lessons(json: Json = False) -> int:
+    """List the lessons and how far you are."""
+    from tito.student import list as job
+
+    return job.list_lessons(_course(), json)
+
+
+@app.command()
+def status(json: Json = False) -> int:
+    """Show your progress, and which files of the package are yours."""
+    from tito.student import status as job
+
+    return job.status(_course(), json)
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Check that everything the course needs works here."""
+    from tito.student import doctor as job
+
+    return job.doctor(json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Use the GPT that comes with the course.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Train a GPT first, about two minutes.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 120,
+) -> int:
+    """See the whole idea at work: a GPT with and without the KV cache."""
+    from tito.student import demo as job
+
+    if quick and train:
+        raise CourseError("--quick and --train exclude each other.", "Choose one.")
+    return job.run_demo(_course(), prompt or job.PROMPT, tokens, train)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="A GPT of `tito demo --train`.")] = None,
+    cache: Annotated[bool, typer.Option(help="Generate with the KV cache.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 120,
+) -> int:
+    """Continue a text with the GPT built from your package."""
+    from tito.student import demo as job
+
+    return job.run_generate(_course(), prompt, checkpoint, tokens, cache, temperature, top_k, seed)
 
 
 @dev.command()
-def build(lessons: Numbers = None) -> None:
-    """Build notebooks, package files and the index from src/ (all lessons, or those named)."""
-    from tito.maintainer import build as job
-    from tito.course import source
+def build(lessons: LessonNames = None) -> int:
+    """Build notebooks, package files and the index from src/."""
+    from tito.maintainer import commands
 
-    root = source.find_root()
-    changed = job.build(root, source.chosen(root, lessons or []))
-    for path in changed:
-        print(f"built {path.relative_to(root).as_posix()}")
-    print(f"{len(changed)} files changed." if changed else "Everything was up to date.")
+    return commands.build_lessons(lessons or [])
 
 
 @dev.command()
-def verify(lessons: Numbers = None) -> None:
-    """Prove lessons: unsolved fails every check, solved passes all, wrong bodies fail with their message."""
-    from tito.course import source
-    from tito.maintainer import verify as job
+def verify(lessons: LessonNames = None) -> int:
+    """Prove that the checks of lessons can fail, can pass, and help."""
+    from tito.maintainer import commands
 
-    root = source.find_root()
+    return commands.verify_lessons(lessons or [])
 
-    def tell(finding) -> None:
-        print(f"{'FAIL' if finding.problem else 'ok  '} {finding.lesson} {finding.subject}")
-        if finding.problem:
-            print(f"       {finding.problem}")
 
-    findings = job.verify(root, source.chosen(root, lessons or []), tell)
-    failed = sum(finding.problem is not None for finding in findings)
-    print(f"{len(findings) - failed} hold, {failed} fail.")
-    raise typer.Exit(1 if failed else 0)
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code. Every error becomes words here."""
+    from tito import show
+
+    show.prepare()
+    json = "--json" in arguments
+    try:
+        result = app(arguments, prog_name="tito", standalone_mode=False)
+        sys.stdout.flush()
+        if result == INTERRUPTED:  # how newer versions of Typer hand over Ctrl-C
+            show.problem("stopped.")
+        return result if isinstance(result, int) else 0
+    except CourseError as error:
+        show.problem(error.message, error.hint, json)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        show.problem("stopped.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a wrong command line
+            show.problem(*_usage(error), json)
+            return 2
+        if os.environ.get("TITO_DEBUG"):
+            raise
+        show.crash(error)
+        return UNEXPECTED
+
+
+def _usage(error) -> tuple[str, str]:
+    """What is wrong with a command line, and where to look."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "tito"
+    return error.format_message(), f"`{path} --help` shows what it takes."
 
 
 def main() -> None:
     """The entry point of the console script."""
-    sys.exit(app())
+    sys.exit(run(sys.argv[1:]))

@@ -153,3 +153,11 @@ class Working:
         """The next thing that is being done."""
         if self._status:
             self._status.update(text)
+
+
+def crash(error: BaseException) -> None:
+    """A mistake of ours: one line, and how to report it."""
+    problem(
+        f"an error that should not happen: {type(error).__name__}: {error}",
+        "Please report it with the output of the same command under TITO_DEBUG=1.",
+    )
