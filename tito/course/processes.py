@@ -142,7 +142,7 @@ class Job:
 
 
 def end_all(mark: str, root: int | None = None) -> None:
-    """Kill every process that descends from `root` or carries `mark`, but never the caller; return when all are gone."""
+    """Kill every process that descends from `root` or carries `mark`, except the caller, and wait for their end."""
     import psutil
 
     for _ in range(50):

@@ -132,7 +132,7 @@ def run_notebook(
     notes = tuple(
         f"{where[number]} failed: {verdict.sentence(event['error'], where, limits)}"
         for number, event in story.ended.items()
-        if event["error"] and number not in own and not event["late"]
+        if number not in own and event["error"] and not verdict.is_problem(event)
     )
     return Run(checks, problem, time.monotonic() - started, notes)
 

@@ -80,13 +80,17 @@ def problem_of_run(story, where: dict[int, str], limits, last_words: str) -> str
     return f"The kernel died in {cell}: {_death(story.stopped['code'])}."
 
 
+def is_problem(event: dict) -> bool:
+    """Whether the end of a cell concerns the whole run: it was interrupted, or asked for input."""
+    return event["late"] or bool(event["error"] and event["error"]["name"] == INPUT)
+
+
 def problem_of_cells(ended: dict[int, dict], where: dict[int, str], limits) -> str | None:
     """The first cell that had to be interrupted or asked for input, in a run that went on after it."""
     for number, event in ended.items():
-        if event["late"]:
-            return f"{_capital(where[number])}: {_lower(late(limits))}"
-        if event["error"] and event["error"]["name"] == INPUT:
-            return f"{_capital(where[number])}: {_lower(sentence(event['error'], where, limits))}"
+        if is_problem(event):
+            text = late(limits) if event["late"] else sentence(event["error"], where, limits)
+            return f"{_capital(where[number])}: {text[:1].lower()}{text[1:]}"
     return None
 
 
@@ -117,7 +121,3 @@ def _death(code: int | None) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]

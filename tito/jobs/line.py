@@ -1,7 +1,7 @@
-"""The line between tito and a program that it started: events go up, one JSON object per line; the end of tito is heard.
+"""The line between tito and a program that it started: events go up as JSON, and the end of tito is heard.
 
-The line uses copies of the standard streams that nothing else knows; the streams themselves lead nowhere from
-then on, so whatever student code prints or reads, it cannot reach or block tito.
+The line uses copies of standard input and output that nothing else knows; the streams themselves lead nowhere
+from then on, so whatever student code prints or reads, it can neither reach nor block tito.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import threading
 class Line:
     """Events to tito by `say`; when tito ends without a word, so does this program with all it started."""
 
-    def __init__(self, private: str, mark: str):
+    def __init__(self, private: str, mark: str, silent: bool = True):
         self.private, self.mark = private, mark
         self._up, self._down = os.dup(1), os.dup(0)
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
+        for stream in (0, 1, 2) if silent else (0, 1):
             os.dup2(nowhere, stream)
         os.close(nowhere)
         self._turn = threading.Lock()

@@ -1,4 +1,4 @@
-"""Runs the cells of a notebook in a fresh kernel and tells tito how each ended: `python -m tito.jobs.run_notebook SPEC`.
+"""Runs a notebook in a fresh kernel and tells how each cell ended: `python -m tito.jobs.run_notebook SPEC`.
 
 This program never runs student code itself. It goes by the kernel's reply to each cell; what is printed is not
 even received. The kernel is started by path from the interpreter that runs tito, so no installed kernelspec
@@ -41,8 +41,10 @@ class Kernel:
         private = Path(spec["private"])
         # Sockets in our private folder, unless the system has none or the path is too long for one.
         local = os.name == "posix" and len(str(private)) < 80
-        where = {"transport": "ipc", "ip": str(private / "k")} if local else {"transport": "tcp", "ip": "127.0.0.1"}
-        connection_file, _ = write_connection_file(str(private / "kernel.json"), key=os.urandom(16).hex().encode(), **where)
+        where = ("ipc", str(private / "k")) if local else ("tcp", "127.0.0.1")
+        connection_file, _ = write_connection_file(
+            str(private / "kernel.json"), transport=where[0], ip=where[1], key=os.urandom(16).hex().encode()
+        )
         self.client = BlockingKernelClient(connection_file=connection_file)
         self.client.load_connection_file()
         program = Path(__file__).with_name("kernel.py")
@@ -51,7 +53,7 @@ class Kernel:
             [sys.executable, "-P", str(program), connection_file, json.dumps(bounds)],
             cwd=private / "work", env=spec["env"] | {"JPY_PARENT_PID": str(os.getpid())},
             start_new_session=os.name == "posix", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=open(private / "kernel-stderr.txt", "wb") if "debug" in spec else subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.client.start_channels(shell=True, iopub=False, stdin=False, hb=False, control=False)
 
@@ -147,7 +149,7 @@ def run_cells(spec: dict, line: Line) -> None:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    line = Line(spec["private"], spec["mark"])
+    line = Line(spec["private"], spec["mark"], silent=False)
     run_cells(spec, line)
     os._exit(0)  # tito ends the kernel; no need to wait for the sockets
 
