@@ -25,7 +25,6 @@ STYLE["context_settings"] = {"help_option_names": ["--help", "-h"], "max_content
 INTERRUPTED, UNEXPECTED = 130, 70
 
 
-
 class _Ordered(typer.core.TyperGroup):
     """Lists the commands in the order in which a student meets them."""
 

@@ -3,6 +3,8 @@
 It is fast (no NumPy in a kernel) and does not change when a lesson of the real course does.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -91,7 +93,7 @@ def test_{name}():
 
 if __name__ == "__main__":
     test_{name}()
-"""  # noqa: E501
+"""
 
 EXERCISE = """
 [[exercise]]

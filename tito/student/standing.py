@@ -1,0 +1,68 @@
+"""How far the learner is with each lesson: what `list`, `status` and `start` show."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+from tito.course import progress
+from tito.course.manifest import Course, Lesson
+
+WHOSE = {"learner": "yours", "reference": "reference", "changed": "changed", "missing": "missing"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One lesson as the learner has it."""
+
+    number: str
+    name: str
+    title: str
+    minutes: int
+    points: int
+    earned: int
+    state: str  # open, started, completed
+    file: str
+    owner: str  # learner, reference, changed, missing
+    notebook: str
+
+    @property
+    def whose(self) -> str:
+        return WHOSE[self.owner]
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def standings(course: Course) -> list[Standing]:
+    """All lessons, in order."""
+    known = progress.read(course.root)
+    return [_standing(lesson, known) for lesson in course.lessons]
+
+
+def _standing(lesson: Lesson, known: progress.Progress) -> Standing:
+    entry = known.lessons.get(lesson.number)
+    owner = progress.owner(lesson, known) if lesson.package_file.is_file() else "missing"
+    state = "completed" if entry else "started" if was_edited(lesson) else "open"
+    return Standing(
+        lesson.number, lesson.name, lesson.title, lesson.minutes, lesson.points,
+        entry.points if entry else 0, state, lesson.package_path.as_posix(), owner,
+        lesson.notebook.relative_to(lesson.root).as_posix(),
+    )  # fmt: skip
+
+
+def was_edited(lesson: Lesson) -> bool:
+    """Is the notebook another than the one that was released?"""
+    try:
+        return hashlib.sha256(lesson.notebook.read_bytes()).hexdigest() != lesson.notebook_digest
+    except OSError:
+        return False
+
+
+def next_lesson(course: Course, all_standings: list[Standing]) -> Lesson | None:
+    """Where to go on: the first lesson that is begun and not completed, else the first one that is open."""
+    for state in ("started", "open"):
+        for standing in all_standings:
+            if standing.state == state:
+                return course.lesson(standing.number)
+    return None

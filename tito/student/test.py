@@ -1,0 +1,107 @@
+"""`tito module test NN`: run the learner's notebook, show every check, change nothing."""
+
+from __future__ import annotations
+
+from tito import show
+from tito.course import transaction
+from tito.course.manifest import Course, Lesson
+from tito.course.runner import CheckResult, TestRun
+from tito.course.transaction import Completion
+
+
+def test(course: Course, name: str, json: bool = False) -> int:
+    """Show each check with its points and what its failure says; 0 only if all is well."""
+    lesson = course.lesson(name)
+    with show.Working("running your notebook", quiet=json) as working:
+        result = transaction.check(course, lesson, tell=working.tell)
+    if json:
+        show.as_json(as_json(lesson, result))
+        return 0 if result.passed else 1
+    report(lesson, result)
+    if result.passed:
+        show.steps((f"tito module complete {lesson.number}", "put your code into the package"))
+    else:
+        advise(lesson, result)
+    return 0 if result.passed else 1
+
+
+def report(lesson: Lesson, result: Completion) -> None:
+    """The run as a learner reads it: checks, what stopped it, progressive tests, points."""
+    run = result.run
+    show.heading(f"Lesson {lesson.number}: {lesson.title}", str(lesson.notebook.relative_to(lesson.root)))
+    show.line()
+    columns = max(len(check.title) for check in run.checks), max(len(check.id) for check in run.checks)
+    for check in run.checks:
+        show_check(check, *columns)
+    for note in run.notes:
+        show.line(note, indent=2, style="dim")
+    if run.problem:
+        show.line()
+        show.line(run.problem, style="bold red")
+    if result.refusal:
+        show.line()
+        show.line(f"The checks pass, but your code cannot be exported. {result.refusal.message}", style="bold red")
+        show.line(result.refusal.hint)
+    show_tests(result.tests)
+    show.line()
+    show.line(f"{run.earned} of {run.points} points.", style="bold")
+
+
+def show_check(check: CheckResult, titles: int, ids: int) -> None:
+    """One check in one row; below it, where it is and what its failure says."""
+    points = f"{check.earned}/{check.points}"
+    mark = "pass" if check.passed else "FAIL"
+    show.rows([(mark, points.rjust(5), check.title.ljust(titles), check.id.ljust(ids))])
+    if not check.passed:
+        where = f"cell {check.cell}: " if check.cell else ""
+        show.line(f"{where}{check.message}", indent=8)
+
+
+def show_tests(tests: TestRun | None) -> None:
+    """How the progressive tests ended, if they ran."""
+    if tests is None:
+        return
+    show.line()
+    count = tests.passed + len(tests.failed)
+    show.line(f"Together with the lessons it touches: {tests.passed} of {count} tests pass.")
+    for name, message in tests.failed:
+        show.rows([("FAIL", name)])
+        show.line(message, indent=8)
+    if tests.problem:
+        show.line(tests.problem, style="bold red")
+
+
+def advise(lesson: Lesson, result: Completion) -> None:
+    """The next step after a failure: the hint for the first exercise whose check fails."""
+    if result.run.passed:  # what is wrong stands above: the export, or the tests with other lessons
+        show.steps((f"tito module test {lesson.number}", "after the change, run it again"))
+        return
+    known = {exercise.id for exercise in lesson.exercises}
+    for check in result.run.checks:
+        exercise = check.id.removeprefix(f"{lesson.number}-").removesuffix("-test")
+        if not check.passed and exercise in known:
+            show.steps((f"tito module hint {lesson.number} {exercise}", "points to the way"))
+            return
+    show.steps((f"tito module hint {lesson.number}", "lists the exercises"))
+
+
+def as_json(lesson: Lesson, result: Completion) -> dict:
+    """The run for programs."""
+    run, tests = result.run, result.tests
+    checks = [{**vars(check), "earned": check.earned} for check in run.checks]
+    progressive = tests and {
+        "passed": tests.passed,
+        "failed": [{"test": name, "message": message} for name, message in tests.failed],
+        "problem": tests.problem,
+    }
+    return {
+        "lesson": lesson.number,
+        "passed": result.passed,
+        "earned": run.earned,
+        "points": run.points,
+        "problem": run.problem or (result.refusal and result.refusal.message),
+        "notes": list(run.notes),
+        "checks": checks,
+        "tests": progressive,
+        "seconds": round(run.seconds, 2),
+    }
