@@ -41,5 +41,5 @@ clean:           ## remove the environment and everything that was made
 	@touch $@
 
 .venv/developer: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,grade,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,explore,grade,plot]'
 	@touch .venv/student $@

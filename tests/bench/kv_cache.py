@@ -59,6 +59,11 @@ def per_token(model, ids: np.ndarray, length: int, repeats: int) -> tuple[float,
     return pairs(without, step, repeats)
 
 
+def whole_generation(model, prompt: list[int], cache, repeats: int) -> tuple[float, float, float]:
+    """Seconds for 128 tokens after the prompt, without and with the cache."""
+    return pairs(lambda: model.generate(prompt, 128), lambda: model.generate(prompt, 128, cache=cache), repeats)
+
+
 def page(repeats: int) -> None:
     for name, sizes in SIZES.items():
         model = GPT(VOCAB_SIZE, max_seq_len=1024, rng=np.random.default_rng(0), **sizes)
@@ -77,9 +82,7 @@ def page(repeats: int) -> None:
         print(f"one decoded token at length 64: {1e3 * steps[64]:.2f} ms, at length 1024: {1e3 * steps[1024]:.2f} ms, "
               f"{steps[1024] / steps[64]:.2f} times as long")
         prompt = ids[0, :128].tolist()
-        slow, fast, ratio = pairs(
-            lambda: model.generate(prompt, 128), lambda: model.generate(prompt, 128, cache=cache), min(repeats, 3)
-        )
+        slow, fast, ratio = whole_generation(model, prompt, cache, min(repeats, 3))
         print(f"128 + 128 tokens: {128 / slow:.1f} tokens/s without, {128 / fast:.1f} with the cache, "
               f"speed-up {ratio:.1f}", flush=True)
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
 
+from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
 from tito.jobs import language
 
 LENGTHS = (32, 64, 128, 256)
@@ -85,8 +85,8 @@ def show_bytes(model, cache) -> None:
     """The cache's bytes, as the formula predicts them and as its arrays measure them."""
     head_dim = model.embed_dim // model.num_heads
     config = KVCacheConfig(model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, dtype=np.float32)
-    print(f"  cache: 2 x {model.num_layers} layers x {model.max_seq_len} tokens x {model.num_kv_heads} heads x {head_dim}"
-          f" x 4 bytes = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
+    formula = f"2 x {model.num_layers} layers x {model.max_seq_len} tokens x {model.num_kv_heads} heads x {head_dim} x 4"
+    print(f"  cache: {formula} = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
 
 
 def measure(model, prompt: list[int], lengths=LENGTHS, repeats: int = 3) -> None:
