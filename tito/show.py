@@ -75,6 +75,11 @@ def line(text: str = "", style: str | None = None, indent: int = 0) -> None:
     console().print(wrapped(text, " " * indent), style=style)
 
 
+def count(number: int, thing: str) -> str:
+    """`1 point`, `2 points`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def heading(title: str, remark: str = "") -> None:
     """What the output is about, in bold, and a remark beside it."""
     from rich.text import Text

@@ -59,8 +59,9 @@ def doctor(json: bool = False) -> int:
             show.line()
             show.line(show.wrapped(finding.advice, f"{finding.subject}: ", "  "))
     show.line()
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    show.line(f"{count}: see above what to do." if problems else "All is well.", style="bold")
+    show.line(
+        f"{show.count(len(problems), 'problem')}: see above what to do." if problems else "All is well.", style="bold"
+    )
     return 1 if problems else 0
 
 
@@ -168,8 +169,8 @@ def which_package(course: Course) -> Finding:
     if found and found.resolve() == (course.root / "tinytorch").resolve():
         return Finding("tinytorch", "ok", "Python finds the one of this course")
     advice = (
-        "A notebook that `tito module start` opens uses this course's package. For others, run `pip install -e .` "
-        "in the folder of the course."
+        "A notebook that `tito module start` opens uses this course's package, and so does every run of tito. "
+        f"Before you start Jupyter in another way, set PYTHONPATH to {course.root}."
     )
     return Finding("tinytorch", "note", f"Python finds {found}" if found else "Python does not find it", advice)
 

@@ -15,7 +15,7 @@ def list_lessons(course: Course, json: bool = False) -> int:
     if json:
         show.as_json({"course": course.name, "lessons": [standing.as_json() for standing in lessons]})
         return 0
-    show.heading(course.name, f"{len(lessons)} lessons in {course.root}")
+    show.heading(course.name, f"{show.count(len(lessons), 'lesson')} in {course.root}")
     show.line()
     show.rows([_row(standing) for standing in lessons], HEADER, right=(3, 4))
     following = next_lesson(course, lessons)

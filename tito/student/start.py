@@ -33,7 +33,10 @@ def start(course: Course, name: str, open_notebook: bool = True) -> int:
 def describe(lesson: Lesson, known: dict[str, Standing]) -> None:
     """What the lesson builds, needs and exports, and where its notebook lies."""
     own = known[lesson.name]
-    show.heading(f"Lesson {lesson.number}: {lesson.title}", f"about {lesson.minutes} minutes, {lesson.points} points")
+    show.heading(
+        f"Lesson {lesson.number}: {lesson.title}",
+        f"about {lesson.minutes} minutes, {show.count(lesson.points, 'point')}",
+    )
     show.line(f"{lesson.summary[:1].upper()}{lesson.summary[1:]}.")
     show.line()
     needs = [f"{known[n].number} {n} ({known[n].whose})" for n in lesson.needs if n in known]

@@ -27,7 +27,7 @@ def status(course: Course, json: bool = False) -> int:
     show.line()
     show.rows([(s.number, s.file, s.whose, _remark(s)) for s in lessons], ("No.", "File", "Whose", ""))
     show.line()
-    show.line(f"{len(done)} of {len(lessons)} lessons completed, {earned} of {points} points.")
+    show.line(f"{len(done)} of {len(lessons)} lessons completed, {earned} of {show.count(points, 'point')}.")
     for standing in lessons:
         if standing.owner in MEANING:
             show.line(f"{standing.file} {MEANING[standing.owner].format(number=standing.number)}.")

@@ -44,7 +44,7 @@ def report(lesson: Lesson, result: Completion) -> None:
         show.line(result.refusal.hint)
     show_tests(result.tests)
     show.line()
-    show.line(f"{run.earned} of {run.points} points.", style="bold")
+    show.line(f"{run.earned} of {show.count(run.points, 'point')}.", style="bold")
 
 
 def show_check(check: CheckResult, titles: int, ids: int) -> None:
@@ -59,11 +59,11 @@ def show_check(check: CheckResult, titles: int, ids: int) -> None:
 
 def show_tests(tests: TestRun | None) -> None:
     """How the progressive tests ended, if they ran."""
-    if tests is None:
+    total = tests.passed + len(tests.failed) if tests else 0
+    if not total and not (tests and tests.problem):
         return
     show.line()
-    count = tests.passed + len(tests.failed)
-    show.line(f"Together with the lessons it touches: {tests.passed} of {count} tests pass.")
+    show.line(f"With the rest of the package: {tests.passed} of {show.count(total, 'test')} passed.")
     for name, message in tests.failed:
         show.rows([("FAIL", name)])
         show.line(message, indent=8)

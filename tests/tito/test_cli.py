@@ -1,0 +1,160 @@
+"""The command line as a student meets it: help, names of lessons, wrong input, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def expect(done, code: int):
+    """The exit code, and a complaint that shows what was printed if it is another."""
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+class TestHelp:
+    def test_no_command_shows_all_commands_in_a_students_order(self, course):
+        done = expect(course.tito(), 0)
+        section = done.stdout.split("Commands:")[1]
+        assert re.findall(r"^  (\w+)", section, re.M) == ["module", "status", "doctor", "demo", "generate", "dev"]
+
+    @pytest.mark.parametrize("group", ["module", "dev"])
+    def test_a_group_alone_shows_its_commands(self, course, group):
+        assert "Commands:" in expect(course.tito(group), 0).stdout
+
+    @pytest.mark.parametrize("command", ["start", "test", "complete", "reset", "hint", "list"])
+    def test_every_lesson_command_explains_itself(self, course, command):
+        for flag in ("--help", "-h"):
+            assert f"tito module {command}" in expect(course.tito("module", command, flag), 0).stdout
+
+    def test_no_help_line_is_cut_off(self, course):
+        for arguments in ([], ["module"], ["dev"]):
+            assert "..." not in course.tito(*arguments).stdout.split("Commands:")[1]
+
+    def test_version(self, course):
+        assert re.fullmatch(r"tito \d+\.\d+\.\d+", expect(course.tito("--version"), 0).stdout.strip())
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["modul"], "Did you mean 'module'?"),
+            (["module", "strat", "1"], "Did you mean 'start'?"),
+            (["module", "start"], "Missing argument 'LESSON'"),
+            (["module", "list", "--jsn"], "--json"),
+            (["generate", "x", "--top-k", "0"], "--top-k"),
+        ],
+    )
+    def test_a_wrong_command_line_is_explained(self, course, arguments, words):
+        done = expect(course.tito(*arguments), 2)
+        assert done.stdout == "" and words in done.stderr and "--help" in done.stderr, done.stderr
+
+    @pytest.mark.parametrize("command", ["start", "test", "complete", "reset", "hint"])
+    def test_an_unknown_lesson_suggests_the_nearest(self, course, command):
+        done = expect(course.tito("module", command, "scael"), 1)
+        assert "There is no lesson 'scael'. Did you mean 'scale'?" in done.stderr and done.stdout == ""
+
+    def test_a_number_that_the_course_leaves_out(self, course):
+        assert "There is no lesson '3'" in expect(course.tito("module", "start", "3"), 1).stderr
+
+    def test_an_unknown_exercise_suggests_the_nearest_and_lists_all(self, course):
+        done = expect(course.tito("module", "hint", "1", "duoble"), 1)
+        assert "Did you mean 'double'?" in done.stderr and "double, total" in done.stderr
+
+    @pytest.mark.parametrize("name", ["1", "01", "scale", "01_scale", "SCALE"])
+    def test_a_lesson_has_several_names(self, course, name):
+        assert "Lesson 01: Scale" in expect(course.tito("module", "start", name), 0).stdout
+
+    def test_outside_of_a_course(self, course, tmp_path):
+        for arguments in (["status"], ["module", "list"], ["module", "test", "1"]):
+            done = expect(course.tito(*arguments, cwd=tmp_path), 1)
+            assert "No course here" in done.stderr and "Change into the folder" in done.stderr
+
+    def test_from_a_folder_inside_the_course(self, course):
+        assert "Mini" in expect(course.tito("status", cwd=course.root / "modules" / "01_scale"), 0).stdout
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("{ not json", "is not valid JSON"),
+            ("[1, 2]", "not a notebook"),
+            ('{"nbformat": 3, "worksheets": []}', "old notebook format 3"),
+            (None, "There is no notebook"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["start", "test", "complete"])
+    def test_a_damaged_notebook_is_said_in_words(self, course, command, text, words):
+        path = course.lesson("1").notebook
+        path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+        done = expect(course.tito("module", command, "1"), 1)
+        assert words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not path.exists() if text is None else path.read_text(encoding="utf-8") == text
+
+    def test_a_damaged_progress_file_is_not_overwritten(self, course):
+        path = course.root / ".tito" / "progress.json"
+        path.parent.mkdir()
+        path.write_text("{", encoding="utf-8")
+        for arguments in (["status"], ["module", "list"], ["module", "hint", "1", "double"]):
+            assert "progress.json cannot be read" in expect(course.tito(*arguments), 1).stderr
+        assert path.read_text(encoding="utf-8") == "{"
+
+    def test_an_error_of_ours_is_one_clear_line(self, course, tmp_path):
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "sitecustomize.py").write_text(
+            "import tito.course.manifest as m\ndef load(*_): raise RuntimeError('no course today')\nm.load = load\n",
+            encoding="utf-8",
+        )
+        done = expect(course.tito("status", PYTHONPATH=str(broken)), 70)
+        assert "RuntimeError: no course today" in done.stderr and "TITO_DEBUG=1" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Traceback" in course.tito("status", PYTHONPATH=str(broken), TITO_DEBUG="1").stderr
+
+
+class TestJson:
+    def test_list_and_status_agree(self, course):
+        lessons = json.loads(expect(course.tito("module", "list", "--json"), 0).stdout)["lessons"]
+        status = json.loads(expect(course.tito("status", "--json"), 0).stdout)
+        assert [lesson["number"] for lesson in lessons] == ["01", "02", "04"]
+        assert status["files"] == lessons
+        assert status["totals"] == {"completed": 0, "lessons": 3, "earned": 0, "points": 10}
+
+    def test_a_mistake_is_json_too(self, course):
+        done = expect(course.tito("module", "test", "scael", "--json"), 1)
+        assert "Did you mean" in json.loads(done.stdout)["error"] and done.stderr == ""
+
+    def test_test_and_complete(self, course):
+        course.solve("1", double="return x")
+        done = expect(course.tito("module", "test", "1", "--json"), 1)
+        result = json.loads(done.stdout)
+        assert result["passed"] is False and result["earned"] == 3 and result["points"] == 6
+        first = result["checks"][0]
+        assert first["id"] == "01-double-test" and first["passed"] is False and "was the factor" in first["message"]
+        course.solve("1")
+        result = json.loads(expect(course.tito("module", "complete", "1", "--json"), 0).stdout)
+        assert result["passed"] is True and result["earned"] == 6 and result["next"] == "02"
+        assert result["tests"] == {"passed": 1, "failed": [], "problem": None}
+        assert "tinytorch/core/scale.py" in result["changed"]
+
+    def test_every_document_is_ascii(self, course):
+        for arguments in (["module", "list"], ["status"], ["module", "hint", "4"]):
+            assert course.tito(*arguments, "--json").stdout.isascii()
+
+
+def test_a_reader_that_leaves_early_is_no_error(course):
+    if shutil.which("head") is None:
+        pytest.skip("needs head")
+    command = f'"{sys.executable}" -m tito module list | head -n 1'
+    done = subprocess.run(command, shell=True, cwd=course.root, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.stdout.startswith("Mini") and done.stderr == ""
