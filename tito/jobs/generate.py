@@ -85,7 +85,8 @@ def show_bytes(model, cache) -> None:
     """The cache's bytes, as the formula predicts them and as its arrays measure them."""
     head_dim = model.embed_dim // model.num_heads
     config = KVCacheConfig(model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, dtype=np.float32)
-    formula = f"2 x {model.num_layers} layers x {model.max_seq_len} tokens x {model.num_kv_heads} heads x {head_dim} x 4"
+    factors = (2, model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, 4)
+    formula = "{} x {} layers x {} tokens x {} heads x {} x {} bytes".format(*factors)
     print(f"  cache: {formula} = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
 
 

@@ -22,6 +22,9 @@ CHECKPOINT = Path(__file__).parents[1] / "jobs" / "demo.safetensors"
 PROMPT = "The for statement is used to"
 TRAINING_STEPS = 600
 CACHE_LESSON = "memoization"
+# glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training step;
+# these tell it to keep them. Other platforms ignore the names.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 def run_demo(
@@ -120,7 +123,7 @@ def run_python(arguments: list[str], root: Path) -> int:
     """Run this Python in `root`, with its package first on the path and tito's own after it."""
     home = str(Path(__file__).parents[2])
     path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    env = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     sys.stdout.flush()
     try:
         return subprocess.run([sys.executable, *arguments], cwd=root, env=env).returncode
