@@ -1,4 +1,29 @@
-"""Lesson 13: transformers. (Extracted by hand; the build overwrites this file.)"""
+"""Transformers: a GPT that trains on text and generates it token by token.
+
+Lesson 13_transformers. Built from src/13_transformers/13_transformers.py by `tito dev build`: change it there, not here.
+"""
+
+__all__ = [
+    "normalize_array",
+    "layer_norm_array",
+    "layer_norm_rule",
+    "LayerNorm",
+    "MLP",
+    "TransformerBlock",
+    "initial_std",
+    "init_weights",
+    "token_rows",
+    "GPT",
+    "next_probabilities",
+    "sample_next",
+    "continue_ids",
+    "check_prompt",
+    "like_prompt",
+    "evaluating",
+]
+
+
+# %% cell 2
 import math
 from contextlib import contextmanager, nullcontext
 
@@ -12,42 +37,55 @@ from tinytorch.core.layers import Dropout, Linear, Module, Parameter
 from tinytorch.core.tensor import Tensor, apply, default_rng
 
 
+# %% cell 10 (13-normalize)
 def normalize_array(x, eps=1e-5):
-    """Each last-axis row with mean 0 and variance 1, and the 1/std it was multiplied by."""
+    """Each row with mean 0 and variance 1, and the factor that made it so: (..., E) -> (..., E), (..., 1).
+
+    The variance is the mean of the squares (divided by E, as in PyTorch's LayerNorm).
+
+    >>> normalize_array(np.array([1.0, 1.0, 3.0, 3.0]), eps=0)
+    (array([-1., -1.,  1.,  1.]), array([1.]))
+    """
     size = x.shape[-1]
     centered = x - np.add.reduce(x, axis=-1, keepdims=True) / size
     variance = np.einsum("...e,...e->...", centered, centered)[..., None] / size
-    scale = 1 / np.sqrt(variance + eps)
-    centered *= scale
-    return centered, scale
+    factor = 1 / np.sqrt(variance + eps)
+    centered *= factor
+    return centered, factor
 
 
+# %% cell 12
 def layer_norm_array(x, weight, bias, eps=1e-5):
-    """(..., E) -> (..., E): normalised, then stretched by weight (E,) and shifted by bias (E,)."""
+    """Normalised rows, stretched by weight (E,) and shifted by bias (E,): (..., E) -> (..., E).
+
+    Source: Ba, Kiros, Hinton 2016, "Layer Normalization".
+    """
     output, _ = normalize_array(x, eps)
     output *= weight
     output += bias
     return output
 
 
+# %% cell 14 (13-layer-norm-rule)
 @gradient(layer_norm_array)
 def layer_norm_rule(grad, output, x, weight, bias, eps=1e-5):
-    normalized, scale = normalize_array(x, eps)
+    """Gradients of x (..., E), weight (E,) and bias (E,)."""
+    n, factor = normalize_array(x, eps)
     size = x.shape[-1]
-    rows = grad.reshape(-1, size)
-    grad_weight = np.einsum("ne,ne->e", rows, normalized.reshape(-1, size))
-    grad_bias = np.add.reduce(rows, axis=0)
-    grad_x = grad * weight
-    along = np.einsum("...e,...e->...", grad_x, normalized)[..., None] / size
-    grad_x -= np.add.reduce(grad_x, axis=-1, keepdims=True) / size
-    normalized *= along
-    grad_x -= normalized
-    grad_x *= scale
-    return grad_x, grad_weight, grad_bias
+    h = grad * weight
+    grad_weight = np.einsum("re,re->e", grad.reshape(-1, size), n.reshape(-1, size))  # r: all rows
+    grad_bias = np.add.reduce(grad.reshape(-1, size), axis=0)
+    along_n = np.einsum("...e,...e->...", h, n)[..., None] / size
+    h -= np.add.reduce(h, axis=-1, keepdims=True) / size
+    n *= along_n
+    h -= n
+    h *= factor
+    return h, grad_weight, grad_bias
 
 
+# %% cell 17
 class LayerNorm(Module):
-    """Layer normalisation over the last axis."""
+    """Layer norm over the last axis, (..., E) -> (..., E); starts as the plain normalisation."""
 
     def __init__(self, embed_dim, eps=1e-5):
         self.embed_dim, self.eps = embed_dim, eps
@@ -56,12 +94,13 @@ class LayerNorm(Module):
 
     def forward(self, x):
         if x.shape[-1] != self.embed_dim:
-            raise ValueError(f"LayerNorm({self.embed_dim}) got rows of {x.shape[-1]} numbers, shape {x.shape}")
+            raise ValueError(f"LayerNorm({self.embed_dim}) needs x of shape (..., {self.embed_dim}), got {x.shape}")
         return apply(layer_norm_array, x, self.weight, self.bias, eps=self.eps)
 
 
+# %% cell 22 (13-mlp)
 class MLP(Module):
-    """Two linear layers with a GELU between them, applied to every token on its own."""
+    """Two linear layers with a GELU between them, on each token on its own: (..., E) -> (..., E)."""
 
     def __init__(self, embed_dim, hidden_dim=None, dropout=0.0, rng=None):
         hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
@@ -70,11 +109,13 @@ class MLP(Module):
         self.dropout = Dropout(dropout, rng=rng)
 
     def forward(self, x):
+        """Up, GELU, down; dropout at the very end."""
         return self.dropout(self.down_proj(gelu(self.up_proj(x))))
 
 
+# %% cell 25 (13-block)
 class TransformerBlock(Module):
-    """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)): (B, T, E) -> (B, T, E), causal."""
 
     def __init__(self, embed_dim, num_heads, num_kv_heads=None, dropout=0.0, rng=None):
         self.norm1 = LayerNorm(embed_dim)
@@ -86,128 +127,142 @@ class TransformerBlock(Module):
         self.mlp = MLP(embed_dim, dropout=dropout, rng=rng)
 
     def forward(self, x):
+        """The two branches; `dropout` acts on what attention found (the MLP has its own)."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
 
 
-def sample_next(logits, temperature=0, top_k=None, rng=None):
-    """One token id per row of logits (B, V): the largest at temperature 0, else drawn from the softmax."""
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if temperature == 0:
-        return np.argmax(logits, axis=-1)
-    logits = logits.astype(np.float64) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = np.partition(logits, -top_k, axis=-1)[:, [-top_k]]
-        logits[logits < smallest_kept] = -np.inf
-    cumulative = np.cumsum(np.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-    rng = default_rng() if rng is None else rng
-    threshold = rng.random((len(logits), 1)) * cumulative[:, -1:]
-    return np.argmax(cumulative > threshold, axis=-1)
+# %% cell 29 (13-init)
+def initial_std(name, num_layers):
+    """The standard deviation with which the weight called `name` starts.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+
+    >>> initial_std("blocks.0.mlp.up_proj.weight", 8), initial_std("blocks.0.mlp.down_proj.weight", 8)
+    (0.02, 0.005)
+    """
+    residual = name.endswith(("out_proj.weight", "down_proj.weight"))
+    return 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
 
 
-def init_gpt2(model, rng=None, std=0.02):
-    """GPT-2's start: every matrix normal with std 0.02, biases 0, residual projections smaller by sqrt(2L)."""
+def init_weights(model, rng=None):
+    """GPT-2's start for every parameter of `model`, in place; norms keep weight 1 and bias 0."""
     rng = default_rng() if rng is None else rng
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            continue
-        residual = name.endswith(("out_proj.weight", "down_proj.weight"))
-        scale = std / math.sqrt(2 * model.num_layers) if residual else std
-        parameter.data[...] = rng.standard_normal(parameter.shape, dtype=np.float32) * scale
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and name.endswith("_proj.bias"):
+        if name.endswith("bias"):
             parameter.data[...] = 0
+        elif parameter.ndim == 2:
+            normal = rng.standard_normal(parameter.shape, dtype=np.float32)
+            parameter.data[...] = normal * initial_std(name, model.num_layers)
 
 
-@contextmanager
-def evaluating(model):
-    """Evaluation mode without gradients inside the block; the mode comes back, also after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        with no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def as_ids(ids):
-    """Token ids as an integer array (B, T); a single sequence (T,) becomes a batch of one."""
-    ids = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+# %% cell 35
+def token_rows(ids):
+    """Token ids as an integer array (B, T); one sequence (T,) becomes a batch of one."""
+    ids = np.asarray(ids)
     if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be whole numbers of shape (T,) or (B, T), at least one; "
-                         f"got shape {ids.shape}, {ids.dtype}")
+        raise ValueError(
+            f"token ids are whole numbers of shape (T,) or (B, T), at least one; got {ids.dtype} of shape {ids.shape}"
+        )
     return ids.reshape(-1, ids.shape[-1])
 
 
+# %% cell 36 (13-hidden)
 class GPT(Module):
-    """A decoder-only transformer: ids (B, T) -> logits (B, T, V)."""
+    """A decoder-only transformer in GPT-2's shape: ids (B, T) or (T,) -> logits (B, T, V).
 
-    _kv_cache = None  # lesson 17 sets this on an instance
+    tie_weights: the head's weight is the embedding table itself. num_kv_heads: as in MultiHeadAttention.
+    """
+
+    _kv_cache = None  # lesson 17 sets this on a model that keeps a cache
 
     def __init__(self, vocab_size, embed_dim, num_layers, num_heads, max_seq_len,
                  num_kv_heads=None, dropout=0.0, tie_weights=True, rng=None):
         self.vocab_size, self.embed_dim, self.num_layers = vocab_size, embed_dim, num_layers
-        self.num_heads, self.max_seq_len = num_heads, max_seq_len
+        self.num_heads, self.max_seq_len, self.tie_weights = num_heads, max_seq_len, tie_weights
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.tie_weights = tie_weights
         self.token_embedding = Embedding(vocab_size, embed_dim, rng=rng)
         self.position_embedding = PositionalEncoding(max_seq_len, embed_dim, kind="learned", rng=rng)
         self.dropout = Dropout(dropout, rng=rng)
-        self.blocks = [
-            TransformerBlock(embed_dim, num_heads, num_kv_heads, dropout, rng=rng) for _ in range(num_layers)
-        ]
+        self.blocks = [TransformerBlock(embed_dim, num_heads, num_kv_heads, dropout, rng) for _ in range(num_layers)]
         self.norm = LayerNorm(embed_dim)
         self.head = Linear(embed_dim, vocab_size, bias=False, rng=rng)
         if tie_weights:
             self.head.weight = self.token_embedding.weight
-        init_gpt2(self, rng)
+        init_weights(self, rng)
 
     def hidden(self, ids):
-        """ids (B, T) -> (B, T, E): what the model knows at each position, before the head."""
-        x = self.dropout(self.position_embedding(self.token_embedding(as_ids(ids))))
+        """Embeddings, dropout, blocks, norm: ids (B, T) -> (B, T, E)."""
+        ids = token_rows(ids)
+        x = self.dropout(self.position_embedding(self.token_embedding(ids)))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def forward(self, ids, cache=None):
-        """ids (B, T) or (T,) -> logits (B, T, V)."""
-        if cache is not None:
-            if self.training:
-                raise RuntimeError("a cache= is for inference only: it records no gradients, so the model must "
-                                   "be in eval mode (model.eval())")
-            with cache.attached_to(self):
-                return self.forward(ids)
-        return self.head(self.hidden(ids))
+        """Logits (B, T, V). With a cache (evaluation mode only), ids are the tokens that follow what it holds."""
+        if cache is None:
+            return self.head(self.hidden(ids))
+        if self.training:
+            raise RuntimeError("a cache keeps no gradients, so it is for evaluation mode: call model.eval() first")
+        with cache.attached_to(self):
+            return self.head(self.hidden(ids))
 
     def generate(self, prompt, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None):
-        """The prompt and up to `max_new_tokens` tokens after it; list in, list out; array in, array out."""
-        ids = as_ids(prompt)
-        if max_new_tokens < 0 or ids.shape[1] + max_new_tokens > self.max_seq_len:
-            raise ValueError(f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit "
-                             f"max_seq_len={self.max_seq_len}")
-        enabled = self._kv_cache
-        cache = enabled if cache is None else cache
-        attach = nullcontext() if cache is enabled else cache.attached_to(self)
-        with evaluating(self), attach:
+        """The prompt and up to max_new_tokens tokens more; list in, list out; array in, array out.
+
+        Greedy at temperature 0; else drawn from the softmax of logits / temperature, over the top_k best if given. A
+        row ends at its stop_token (an id, or several) and is filled up with it until every row has ended. A cache,
+        given or enabled, is reset if it holds tokens, and only what it lacks is run. ValueError if the prompt and
+        max_new_tokens together exceed max_seq_len. Runs in evaluation mode without gradients; the mode comes back.
+        """
+        ids = check_prompt(prompt, max_new_tokens, self.max_seq_len)
+        given = cache is not None and cache is not self._kv_cache
+        cache = cache if given else self._kv_cache
+        with evaluating(self), cache.attached_to(self) if given else nullcontext():
             ids = continue_ids(self, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token)
-        ids = ids if np.ndim(prompt) == 2 else ids[0]
-        if isinstance(prompt, Tensor):
-            return Tensor(ids)
-        return ids if isinstance(prompt, np.ndarray) else ids.tolist()
+        return like_prompt(ids, prompt)
 
 
-def continue_ids(model, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token):
-    """The loop of `generate`: run what is new, sample from the last position, append."""
-    if cache is not None and cache.seq_pos:
-        cache.reset()
+# %% cell 48 (13-probabilities)
+def next_probabilities(logits, temperature=1.0, top_k=None):
+    """The probability of each next token: logits (B, V) -> (B, V), float64; with top_k only the k best (and ties).
+
+    >>> next_probabilities(np.log([[1.0, 2.0, 5.0]]), top_k=2).round(3)
+    array([[0.   , 0.286, 0.714]])
+    """
+    logits = logits.astype(np.float64)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest_kept = np.partition(logits, -top_k, axis=-1)[:, [-top_k]]
+        logits = np.where(logits < smallest_kept, -np.inf, logits)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+# %% cell 51
+def sample_next(logits, temperature=0, top_k=None, rng=None):
+    """One token id per row of logits (B, V) -> (B,): the largest at temperature 0, else drawn with `rng`."""
+    if temperature < 0:
+        raise ValueError(f"temperature is 0 (greedy) or positive, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is at least 1, got {top_k}")
+    if temperature == 0:
+        return np.argmax(logits, axis=-1)
+    rng = default_rng() if rng is None else rng
+    ends = np.cumsum(next_probabilities(logits, temperature, top_k), axis=-1)
+    return np.argmax(ends > rng.random((len(ends), 1)) * ends[:, -1:], axis=-1)
+
+
+# %% cell 54 (13-generate)
+def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None):
+    """The loop of `generate`, on model.hidden and model.head: ids (B, P) -> (B, P + n), n <= max_new_tokens."""
+    if cache is not None and max_new_tokens and cache.seq_pos:
+        cache.reset()  # it still holds another text
     stopped = np.zeros(len(ids), bool)
     for _ in range(max_new_tokens):
         start = 0 if cache is None else cache.seq_pos
-        last = model.hidden(ids[:, start:])[:, -1]
+        last = model.hidden(ids[:, start:])[:, -1]  # (B, E)
         token = sample_next(model.head(last).numpy(), temperature, top_k, rng)
         if stop_token is not None:
             token = np.where(stopped, ids[:, -1], token)
@@ -216,3 +271,38 @@ def continue_ids(model, ids, max_new_tokens, cache, temperature, top_k, rng, sto
         if stopped.all():
             break
     return ids
+
+
+# %% cell 57
+def check_prompt(prompt, max_new_tokens, max_seq_len):
+    """The prompt as a new array (B, P), or a ValueError that says what does not fit."""
+    ids = token_rows(prompt)
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is a whole number, 0 or more, got {max_new_tokens!r}")
+    if ids.shape[1] + max_new_tokens > max_seq_len:
+        raise ValueError(
+            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} make "
+            f"{ids.shape[1] + max_new_tokens}, more than max_seq_len={max_seq_len}"
+        )
+    return ids.copy()
+
+
+def like_prompt(ids, prompt):
+    """The ids (B, T) in the form of the prompt: its number of axes; a list for a list, an array for an array."""
+    ids = ids if np.ndim(prompt) == 2 else ids[0]
+    if isinstance(prompt, Tensor):
+        return Tensor(ids)
+    return ids if isinstance(prompt, np.ndarray) else ids.tolist()
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients for the length of a block; each module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
