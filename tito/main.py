@@ -29,7 +29,7 @@ class _Ordered(typer.core.TyperGroup):
     """Lists the commands in the order in which a student meets them."""
 
     def list_commands(self, context) -> list[str]:
-        return sorted(self.commands, key=ORDER.index)
+        return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
 ORDER = ["module", "status", "doctor", "demo", "generate", "dev"]
