@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
-from tito.course import progress
+from tito.course import progress, released
 from tito.course.manifest import Course, Lesson
 
 WHOSE = {"learner": "yours", "reference": "reference", "changed": "changed", "missing": "missing"}
@@ -36,6 +36,7 @@ class Standing:
 
 def standings(course: Course) -> list[Standing]:
     """All lessons, in order."""
+    released.keep_notebooks(course)  # as early as can be: what was never kept cannot be brought back
     known = progress.read(course.root)
     return [_standing(lesson, known) for lesson in course.lessons]
 

@@ -6,9 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from urllib.parse import quote
 
 from tito import show
-from tito.course import notebook, released
+from tito.course import notebook
+from tito.course.errors import CourseError
 from tito.course.manifest import Course, Lesson
 from tito.student.standing import Standing, standings
 
@@ -16,7 +18,6 @@ from tito.student.standing import Standing, standings
 def start(course: Course, name: str, open_notebook: bool = True) -> int:
     """Describe the lesson and open its notebook in JupyterLab where there is one and a person at a terminal."""
     lesson = course.lesson(name)
-    released.keep_notebooks(course)
     notebook.read(lesson.notebook)  # a damaged or missing notebook is said now, not in the browser
     known = {standing.name: standing for standing in standings(course)}
     describe(lesson, known)
@@ -64,12 +65,20 @@ def _open(lesson: Lesson) -> int:
     show.line()
     show.line("JupyterLab opens in your browser; Ctrl-C here ends it.", style="dim")
     sys.stdout.flush()
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.log_level=ERROR", str(lesson.notebook)]
+    where = quote(lesson.notebook.relative_to(lesson.root).as_posix())
+    command = [
+        *(sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={lesson.root}"),
+        *(f"--LabApp.default_url=/lab/tree/{where}", "--ServerApp.log_level=ERROR", "--LabApp.log_level=ERROR"),
+    ]
     path = os.pathsep.join([str(lesson.root), *filter(None, [os.environ.get("PYTHONPATH")])])
     # The notebook's `import tinytorch` must find this course's package, wherever else there is one.
     process = subprocess.Popen(command, cwd=lesson.root, env={**os.environ, "PYTHONPATH": path})
     while True:
         try:
-            return 0 if process.wait() in (0, 130, -2) else 1
+            code = process.wait()
+            break
         except KeyboardInterrupt:  # JupyterLab hears it too, asks, and ends by itself
             continue
+    if code in (0, 130, -2):
+        return 0
+    raise CourseError("JupyterLab ended with an error.", f"Any notebook editor will do: open {lesson.notebook}.")
