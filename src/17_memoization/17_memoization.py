@@ -15,11 +15,23 @@
 # %% [markdown]
 """
 # Lesson 17: Memoization, the KV cache
+
+**You build** the cache on which every language model in service runs: keys and values computed once, kept, and
+read by every later token. At the end the GPT of lesson 13 generates the same tokens as before, several times faster.
+
+**Needs** lessons 01, 03, 05, 12, 13 and 14. **Exported** to `tinytorch.generation.kv_cache`. **Time** 90 minutes.
+
+1 the cost of forgetting · 2 what never changes · 3 bytes · 4 the store · 5 two steps · 6 the cache · 7 cached
+attention · 8 where a pass begins and ends · 9 joining the model · 10 proof · 11 prompts and ragged rows · 12 speed ·
+13 memory · 14 rollback and reorder · 15 training mode · 16 serving · 17 mistakes and pictures · 18 the end
+
+A cache is for **inference only**: what is stored carries no gradients. Section 15 shows what that means.
 """
 
 # %%
 #| default_exp generation.kv_cache
 #| export
+# One contract, one file: longer than its neighbours, so that a reader of KVCache finds everything that it keeps.
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,36 +43,260 @@ from tinytorch.core.attention import scaled_dot_product_attention, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.layers import Module
 from tinytorch.core.tensor import Tensor, cat, default_rng
-from tinytorch.profiling.profiler import MemoryTracker
+from tinytorch.models.transformer import GPT
+from tinytorch.profiling.profiler import MemoryTracker, measure_latency
+
+# %% [markdown]
+"""
+## 1. The cost of forgetting
+
+A GPT generates one token, appends it, and runs the whole sequence again for the next one. So each token should cost
+more than the one before. Lesson 14 taught us to measure before we believe.
+"""
 
 # %%
 #| export
-def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
-    """Bytes of the keys and values of `num_tokens` tokens (batch rows and positions together).
+def random_gpt(vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, max_seq_len=64, num_kv_heads=2, seed=0):
+    """A GPT in eval mode whose parameters all differ, and are large enough that a mistake shows in the logits."""
+    rng = np.random.default_rng(seed)
+    model = GPT(vocab_size, embed_dim, num_layers, num_heads, max_seq_len, num_kv_heads, rng=rng)
+    for parameter in model.parameters():
+        noise = rng.standard_normal(parameter.shape, dtype=np.float32)
+        parameter.data[...] = 0.2 * noise if parameter.ndim > 1 else parameter.data + 0.2 * noise
+    return model.eval()
 
-    >>> kv_cache_bytes(num_layers=12, num_kv_heads=12, head_dim=64, num_tokens=1, itemsize=2)  # GPT-2, float16
+
+def profile_naive_generation(model=None, lengths=(32, 64, 128, 256), repeats=5):
+    """Measure one round of generation without a cache at several lengths; print and return (length, seconds).
+
+    A round runs all tokens so far to get the logits of the last one. model: a GPT (default: 4 layers, 128 wide).
+    The printed ratio compares each round with the first.
+    """
+    model = random_gpt(256, 128, 4, 4, max(lengths), num_kv_heads=4) if model is None else model
+    ids = np.arange(max(lengths)) % model.vocab_size
+    print("tokens so far   ms for the next token   ratio")
+    rows = []
+    for length in lengths:
+        with no_grad():
+            rows.append((length, measure_latency(lambda n=length: model(ids[:n]), repeats=repeats)))
+        print(f"{length:>13} {1e3 * rows[-1][1]:>23.2f} {rows[-1][1] / rows[0][1]:>7.1f}")
+    return rows
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-naive", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    profile_naive_generation()
+
+# %% [markdown]
+"""
+The first rounds differ little: there the fixed cost of some hundred NumPy calls rules. Then the cost follows the length.
+
+Count the work. Every forward pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and
+4 new ones, without and with a memory:
+
+    round             1        2          3            4              rows
+    without a cache   a b c    a b c d    a b c d e    a b c d e f    3 + 4 + 5 + 6 = 18
+    with a cache      a b c    d          e            f              3 + 1 + 1 + 1 =  6
+
+The last new token is sampled and never run: nothing comes after it.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-count-rows", "locked": false, "schema_version": 3, "solution": true, "task": false}
+#| export
+def token_rows(prompt_len, max_new_tokens, cached):
+    """Token rows that pass through the model while it generates.
+
+    >>> token_rows(3, 4, cached=False), token_rows(3, 4, cached=True)
+    (18, 6)
+    """
+    ### BEGIN SOLUTION
+    if max_new_tokens == 0:
+        return 0
+    if cached:
+        return prompt_len + max_new_tokens - 1
+    return sum(prompt_len + i for i in range(max_new_tokens))
+    ### END SOLUTION
+
+# %%
+# Not part of the package: what the checks below use.
+def error_of(run, kind=ValueError):
+    """The message of the error that `run()` raises; "" when it raises none."""
+    try:
+        run()
+    except kind as error:
+        return str(error)
+    return ""
+
+
+def chunk_of(seq_len, seed=0, shape=(2, 2, 4)):
+    """Keys and values (B, H, T, D) that are all different; shape is (B, H, D)."""
+    batch_size, num_heads, head_dim = shape
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, batch_size, num_heads, seq_len, head_dim), dtype=np.float32)
+
+
+def count_rows(model, run):
+    """The token rows that really pass through the model during `run()`."""
+    rows, embedding = [], model.token_embedding
+
+    def counting(ids):
+        rows.append(np.asarray(ids).shape[-1])
+        return embedding(ids)
+
+    model.token_embedding = counting
+    try:
+        run()
+    finally:
+        model.token_embedding = embedding
+    return sum(rows)
+
+# %% nbgrader={"grade": true, "grade_id": "17-count-rows-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+def test_unit_count_rows():
+    """Oracle: the picture above, and a real `generate` with its rows counted."""
+    got = token_rows(3, 4, cached=False)
+    assert got == 18, f"without a cache: got {got}, expected 3+4+5+6 = 18; the sequence grows by one each round"
+    got = token_rows(3, 4, cached=True)
+    assert got == 6, f"with a cache: got {got}, expected 3+1+1+1 = 6; the last sampled token is never run"
+    model = random_gpt()
+    counted = count_rows(model, lambda: model.generate([1, 2, 3, 4, 5], 3))
+    got = token_rows(5, 3, cached=False)
+    assert got == counted, f"5 + 3 tokens without a cache: got {got}, a real run counts {counted}"
+    assert token_rows(5, 0, cached=False) == 0, "no new tokens: nothing is run, expected 0"
+    ### BEGIN HIDDEN TESTS
+    assert token_rows(10, 1, cached=True) == 10, "one new token needs the prompt's rows and no more, expected 10"
+    assert token_rows(128, 128, cached=False) == 24512, "128 + 128 tokens without a cache: expected 24512"
+    assert token_rows(7, 0, cached=True) == 0, "no new tokens: nothing is run, expected 0"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_count_rows()
+
+# %% [markdown]
+"""
+## 2. What never changes
+
+May we keep anything at all? In layer *l* the key and value of token *t* are made from the hidden state of token *t*
+and of nobody else. That hidden state came out of layer *l - 1*, where token *t* looked at tokens 0 .. *t*, and the
+causal mask hid all that came later. So a new token cannot change them, in any layer. Let us look: keys of six
+tokens, computed alone and computed again with a seventh behind them.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-keys", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def layer_keys(model, ids):
+    """The keys of every layer, (B, H_kv, T, D) each, of one forward pass without a cache."""
+    x = model.position_embedding(model.token_embedding(ids))
+    keys = []
+    for block in model.blocks:
+        keys.append(block.attention.project(block.norm1(x))[1].numpy())
+        x = block(x)
+    return keys
+
+
+def show_key_changes(causal):
+    model, ids = random_gpt(), np.arange(7)[None]
+    for block in model.blocks:
+        block.attention.causal = causal
+    pairs = zip(layer_keys(model, ids[:, :6]), layer_keys(model, ids))
+    changes = [float(np.abs(short - long[:, :, :6]).max()) for short, long in pairs]
+    print(f"causal={causal!s:5}  largest change of an old key, layer by layer:", [f"{c:.1e}" for c in changes])
+
+
+if __name__ == "__main__":
+    show_key_changes(causal=True)
+    show_key_changes(causal=False)
+
+# %% [markdown]
+"""
+With the mask, rounding at most. Without it, the old keys move: a model that looks both ways cannot be cached like this.
+
+*Look back.* Why does layer 0 not change even without the mask? (Its keys are made from the embeddings, before any
+token has looked at another.) And why do we keep keys and values, but not queries? (The query of token *t* asks one
+question, in the round of token *t*. The later rounds ask with their own. Only keys and values are read again.)
+
+## 3. Bytes
+
+Memory is the price. One token leaves, in each layer, one key and one value for each key-value head, D numbers each:
+
+    layer 0   key   [ H_kv x D ]    value [ H_kv x D ]
+    layer 1   key   [ H_kv x D ]    value [ H_kv x D ]
+    ...
+
+Predict first. GPT-2 has 12 layers, 12 heads of 64 numbers, and we store float16 (2 bytes). How many bytes does one
+token take? And how many MiB (2**20 bytes) does its full context of 1024 tokens take?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-predict-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+### BEGIN SOLUTION
+predicted_token_bytes = 36_864
+predicted_context_mib = 36
+### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-predict-bytes-test", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+def test_unit_predict_bytes():
+    """Oracle: an array of that shape, and its nbytes."""
+    token = np.zeros((12, 2, 12, 64), np.float16)  # layers, key and value, heads, D
+    got = predicted_token_bytes
+    assert got == token.nbytes, f"one token: got {got} bytes, an array of that shape has {token.nbytes}" + (
+        "; that is the keys alone, the values are as large" if got * 2 == token.nbytes else "")
+    expected = token.nbytes * 1024 / 2**20
+    assert predicted_context_mib == expected, f"1024 tokens: got {predicted_context_mib} MiB, expected {expected}"
+
+
+if __name__ == "__main__":
+    test_unit_predict_bytes()
+
+# %% nbgrader={"grade": false, "grade_id": "17-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+#| export
+def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
+    """Bytes of the keys and values of `num_tokens` tokens (of all rows of a batch together).
+
+    >>> kv_cache_bytes(num_layers=12, num_kv_heads=12, head_dim=64, num_tokens=1, itemsize=2)
     36864
     """
+    ### BEGIN SOLUTION
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * itemsize
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-bytes-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+def test_unit_bytes():
+    """Oracle: the nbytes of arrays that are really made."""
+    got, real = kv_cache_bytes(1, 2, 4, 3, 4), 2 * np.zeros((1, 2, 4, 3), np.float32).nbytes
+    assert got == real, f"1 layer, 2 heads of 4, 3 tokens, float32: got {got}, a K and a V array have {real}" + (
+        "; were the values forgotten?" if got * 2 == real else "")
+    got, real = kv_cache_bytes(5, 2, 4, 3, 4), 2 * np.zeros((5, 2, 4, 3), np.float32).nbytes
+    assert got == real, f"the same in 5 layers: got {got}, expected {real}; every layer has a cache of its own"
+    ### BEGIN HIDDEN TESTS
+    assert kv_cache_bytes(32, 8, 128, 4096, 2) == 512 * 2**20, "Llama-3-8B at 4096 tokens in float16 is 512 MiB"
+    assert kv_cache_bytes(24, 2, 64, 2048, 4) == 48 * 2**20, "Qwen2.5-0.5B at 2048 tokens in float32 is 48 MiB"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_bytes()
+
+# %% [markdown]
+"""
+A configuration gives the sizes their names and refuses what is not a size. `num_kv_heads`, not `num_heads`: with
+group-query attention (lesson 12) several query heads share one key-value head, and only those are stored.
+"""
 
 # %%
 #| export
 def whole_number(name, value, least=1):
-    """`value` as an int, or a ValueError that names the field (True and 2.0 are not whole numbers here)."""
+    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
 
 
 def storage_dtype(dtype):
-    """float16, float32 or float64 as a NumPy dtype; anything else is a ValueError that names the field."""
+    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
     try:
-        found = np.dtype(dtype) if dtype is not None else None
+        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
+            return np.dtype(dtype)
     except TypeError:
-        found = None
-    if found not in (np.dtype("float16"), np.dtype("float32"), np.dtype("float64")):
-        raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-    return found
+        pass  # not a dtype at all: the same message
+    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
 
 # %%
 #| export
@@ -68,8 +304,8 @@ def storage_dtype(dtype):
 class KVCacheConfig:
     """The sizes of a cache, and from them its bytes, before anything is allocated.
 
-    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size() // 2**20
-    512
+    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
+    536870912
     """
 
     num_layers: int
@@ -81,54 +317,88 @@ class KVCacheConfig:
 
     def __post_init__(self):
         for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
-            whole_number(name, getattr(self, name))
-        storage_dtype(self.dtype)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
 
     def calculate_size(self):
         """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
-        tokens = int(self.batch_size) * int(self.max_context_length)
-        itemsize = storage_dtype(self.dtype).itemsize
-        return kv_cache_bytes(int(self.num_layers), int(self.num_kv_heads), int(self.head_dim), tokens, itemsize)
-
-# %%
-#| export
-class CacheStateError(ValueError):
-    """The calls came in an order that no forward pass makes."""
+        tokens = self.batch_size * self.max_context_length
+        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
 
 
-class KVView(NamedTuple):
-    """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
+KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
+    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
+    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
+    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
+    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
+    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
+}
 
-    key: Any
-    value: Any
-    pos: Any
+# %% [markdown]
+"""
+## 4. The store
 
-# %%
+One block of zeros for everything, allocated once: (L, 2, B, H_kv, S, D). A token fills one slot in each layer, key
+and value; the slot's number is the token's position in its row. Here one layer's keys, 2 rows, S = 6, and the rows
+may have different lengths:
+
+    lengths [3, 1]     row 0   a b c . . .        write 2 and 1 new tokens:   row 0   a b c d e .
+                       row 1   p . . . . .                                    row 1   p q . . . .
+
+The new tokens come as one chunk (B, H, T, D), padded on the right: row 1 brings `q` and one column of padding,
+`n_new` is [2, 1]. A write is a slice. Nothing moves, nothing grows. For row 0 alone it would be
+`store[0, :, 3:5] = new[0, :, :2]`.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-write", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 def write_tokens(store, new, lengths, n_new):
-    """Write each row's first n_new tokens behind the tokens that the row holds, in place.
+    """Write each row's first n_new tokens behind those that the row holds, in place.
 
-    store (B, H, S, D), new (B, H, T, D), lengths and n_new: one number per row.
+    store (B, H, S, D), new (B, H, T, D); lengths and n_new are lists with one number per row.
     """
-    if len(set(lengths)) == 1 and len(set(n_new)) == 1:  # all rows stand at one length: one slice
-        start, count = lengths[0], n_new[0]
-        store[:, :, start : start + count] = new[:, :, :count]
-        return
+    ### BEGIN SOLUTION
     for row, (start, count) in enumerate(zip(lengths, n_new)):
         store[row, :, start : start + count] = new[row, :, :count]
+    ### END SOLUTION
 
-# %%
+# %% nbgrader={"grade": true, "grade_id": "17-write-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_write():
+    """Oracle: the picture, as plain lists."""
+    store = np.array([[1, 2, 3, 0, 0, 0], [7, 0, 0, 0, 0, 0]], np.float32).reshape(2, 1, 6, 1)
+    write_tokens(store, np.array([[4, 5], [8, 99]], np.float32).reshape(2, 1, 2, 1), [3, 1], [2, 1])
+    rows = store.reshape(2, 6).tolist()
+    assert 99 not in rows[0] + rows[1], f"got {rows}: padding (99) was stored, n_new says how many tokens are real"
+    assert rows[0][:3] == [1, 2, 3], f"row 0: got {rows[0]}; the tokens that it held were overwritten"
+    assert 4 in rows[0], f"row 0: got {rows[0]}; only the last token of the chunk was stored, a prompt needs all"
+    assert rows[0] == [1, 2, 3, 4, 5, 0], f"row 0: got {rows[0]}, expected [1, 2, 3, 4, 5, 0]; one slot too late?"
+    assert rows[1] == [7, 8, 0, 0, 0, 0], f"row 1: got {rows[1]}, expected [7, 8, 0, ...]; each row has its own length"
+    ### BEGIN HIDDEN TESTS
+    store = np.zeros((3, 2, 5, 2), np.float32)
+    new = np.arange(1, 37, dtype=np.float32).reshape(3, 2, 3, 2)
+    write_tokens(store, new, [0, 2, 4], [3, 0, 1])
+    assert np.array_equal(store[0, :, :3], new[0]) and not store[0, :, 3:].any(), "row 0: a prompt of 3 tokens, slots 0 to 2"
+    assert not store[1].any(), "row 1 brings no token: nothing may be written"
+    assert np.array_equal(store[2, :, 4], new[2, :, 0]) and not store[2, :, :4].any(), "row 2: one token, in the last slot"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_write()
+
+# %% [markdown]
+"""
+A reader of the store must know which slots hold a token, and at which position. The slots past the end of a short
+row are *empty*: position -1. The picture after the write, lengths [5, 2]:
+
+    pos    row 0   0  1  2  3  4
+           row 1   0  1 -1 -1 -1
+
+Attention will never ask for a slot's number, only for its position; so a later cache may put tokens anywhere.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-slots", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
-def slot_positions(lengths):
-    """The position of the token in each slot, -1 where the row has none: (B, S), S the longest row.
-
-    >>> slot_positions([3, 1]).tolist()
-    [[0, 1, 2], [0, -1, -1]]
-    """
-    slots = np.arange(max(lengths))
-    return np.where(slots < np.array(lengths)[:, None], slots, -1)
-
-
 def next_positions(lengths, n_new, seq_len):
     """The positions of the next tokens: (B, T), T = seq_len; -1 for padding beyond a row's n_new.
 
@@ -138,17 +408,78 @@ def next_positions(lengths, n_new, seq_len):
     steps = np.arange(seq_len)
     return np.where(steps < np.array(n_new)[:, None], np.array(lengths)[:, None] + steps, -1)
 
-# %%
+
+def slot_positions(lengths):
+    """The position of the token in each slot, -1 where the row has none: (B, S), S the length of the longest row.
+
+    >>> slot_positions([3, 1]).tolist()
+    [[0, 1, 2], [0, -1, -1]]
+    """
+    ### BEGIN SOLUTION
+    slots = np.arange(max(lengths))
+    return np.where(slots < np.array(lengths)[:, None], slots, -1)
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-slots-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+def test_unit_slots():
+    """Oracle: the picture."""
+    pos = np.asarray(slot_positions([5, 2]))
+    assert pos.shape == (2, 5), f"got shape {pos.shape}, expected (2, 5): as many slots as the longest row has tokens"
+    assert pos[0].tolist() == [0, 1, 2, 3, 4], f"row 0: got {pos[0].tolist()}, expected [0, 1, 2, 3, 4]"
+    assert pos[1].tolist() == [0, 1, -1, -1, -1], f"row 1: got {pos[1].tolist()}; its last three slots are empty, -1"
+    ### BEGIN HIDDEN TESTS
+    got = np.asarray(slot_positions([1, 3, 0])).tolist()
+    assert got == [[0, -1, -1], [0, 1, 2], [-1, -1, -1]], f"lengths [1, 3, 0]: got {got}; a row may hold nothing"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_slots()
+
+# %% [markdown]
+"""
+What if a row is full? NumPy will not tell us: `store[0, :, 5:8] = ...` on six slots is a slice of one slot and an
+error about shapes that nobody understands, after other rows have been written. So we look first, at *every* row, and
+the message says what is needed to act.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-room", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 def check_room(lengths, n_new, max_seq_len):
-    """ValueError, before a byte is written, when a row has no room for its new tokens."""
+    """ValueError when a row has no room for its new tokens; it names max_seq_len, tokens stored, asked for and free."""
+    ### BEGIN SOLUTION
     for row, (stored, asked) in enumerate(zip(lengths, n_new)):
         if stored + asked > max_seq_len:
             raise ValueError(
-                f"the cache is full: row {row} holds {stored} tokens of max_seq_len={max_seq_len}, "
-                f"{asked} more were asked for and {max_seq_len - stored} are free. "
-                "Make a longer cache, or reset, truncate or roll back this one."
+                f"the cache is full: row {row} holds {stored} tokens of max_seq_len={max_seq_len}, {asked} more "
+                f"were asked for, {max_seq_len - stored} are free. Make a longer cache, or reset or roll back this one."
             )
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-room-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+def test_unit_room():
+    """Oracle: counting."""
+    message = error_of(lambda: check_room([6, 5], [3, 3], 8))
+    assert message, "row 0 holds 6 of 8 tokens and brings 3: got no error, the overflow goes unchecked"
+    for number in ("max_seq_len", "8", "6", "3", "2"):
+        assert number in message, f"the message must name max_seq_len=8, 6 stored, 3 asked, 2 free; got: {message}"
+    assert error_of(lambda: check_room([1, 7], [2, 2], 8)), "row 1 alone is full: got no error; look at every row"
+    message = error_of(lambda: check_room([6, 8], [2, 0], 8))
+    assert not message, f"6 + 2 tokens fit exactly into 8, got: {message}"
+    ### BEGIN HIDDEN TESTS
+    assert error_of(lambda: check_room([0], [5], 4)), "a prompt of 5 into an empty cache of 4: got no error"
+    assert not error_of(lambda: check_room([0, 0], [4, 4], 4)), "a prompt of 4 into an empty cache of 4 fits exactly"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_room()
+
+# %% [markdown]
+"""
+Three more guards, given. They let nothing odd into the store: no wrong shape (NumPy would silently broadcast a batch
+of 1 into every row), no text, no NaN. Integers and float64 are cast to the storage dtype.
+"""
 
 # %%
 #| export
@@ -167,8 +498,7 @@ def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must hold numbers, got {array.dtype}")
     needed = (batch_size, num_heads, "T >= 1", head_dim)
-    fits = array.ndim == 4 and array.shape[:2] == needed[:2] and array.shape[2] >= 1 and array.shape[3] == head_dim
-    if not fits:
+    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
         raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
     with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
         array = array.astype(dtype, copy=False)
@@ -176,13 +506,44 @@ def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
         raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
     return array
 
-# %%
+
+def check_chunk(key, value, n_new, lengths, max_seq_len):
+    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
+    seq_len = key.shape[2]
+    if value.shape[2] != seq_len:
+        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
+    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
+    if max(n_new) > seq_len:
+        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
+    check_room(lengths, n_new, max_seq_len)
+    return n_new
+
+# %% [markdown]
+"""
+## 5. Two steps
+
+A forward pass brings the same T tokens to every layer, one layer after the other. When do they count as stored? If
+each layer counted for itself, layer 1 would find the length already raised by layer 0 and write one slot too late.
+And if layer 7 fails, layers 0 to 6 must not keep tokens that layer 7 never saw. So, like a transaction:
+
+    update(0) update(1) ... update(L-1)     each layer writes behind the committed length: the tokens are pending
+    advance()                               all layers have written: now they are stored
+
+A ledger keeps count. It knows no arrays. `claim` lets a layer write: it refuses a layer that has already written in
+this pass, and a layer that brings other tokens than the ones before it. `commit` adds n_new to the lengths.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-ledger", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
+class CacheStateError(ValueError):
+    """The calls came in an order that no forward pass makes."""
+
+
 class CacheLedger:
     """Which tokens are committed and which are pending. It counts; it holds no arrays.
 
-    lengths: committed tokens per row. n_new, seq_len, written: what the open pass adds to each row, the width
-    T of its chunk, and the layers that have written it. No layer written: no pass is open.
+    lengths: committed tokens per row. The open pass: `written`, the layers that have written it (none: no pass is
+    open), `n_new`, what it adds to each row, and `seq_len`, the width T of its chunk.
     """
 
     def __init__(self, batch_size):
@@ -194,48 +555,69 @@ class CacheLedger:
         self.n_new, self.seq_len, self.written, self.failed = [0] * len(self.lengths), 0, set(), False
 
     def claim(self, layer_idx, n_new, seq_len):
-        """Let one layer write: it opens a pass or joins the open one, once, with the same tokens as the others."""
+        """Let one layer write: it opens a pass or joins the open one. CacheStateError for a second time or other tokens."""
+        ### BEGIN SOLUTION
         if layer_idx in self.written:
-            raise CacheStateError(
-                f"layer {layer_idx} was updated twice in one pass: call advance() after the last layer, "
-                "or abandon() when the forward pass failed"
-            )
+            raise CacheStateError(f"layer {layer_idx} was updated twice in one pass: advance() comes after the last layer")
         if self.written and (n_new, seq_len) != (self.n_new, self.seq_len):
-            raise CacheStateError(
-                f"layers disagree: layer {layer_idx} brings {n_new} new tokens per row in a chunk of {seq_len}, "
-                f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}"
-            )
+            raise CacheStateError(f"layers disagree: layer {layer_idx} brings {n_new} tokens per row in a chunk of {seq_len}, "
+                                  f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}")
         self.n_new, self.seq_len = n_new, seq_len
         self.written.add(layer_idx)
+        ### END SOLUTION
 
     def commit(self):
-        """Count the pending tokens as stored."""
+        """Count what is pending as stored, and close the pass. CacheStateError when nothing is pending."""
+        ### BEGIN SOLUTION
         if not self.written:
             raise CacheStateError("advance() with nothing pending: update() every layer first, then advance() once")
         self.lengths = [length + count for length, count in zip(self.lengths, self.n_new)]
         self.close_pass()
+        ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-ledger-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
+def test_unit_ledger():
+    """Oracle: a pass written out by hand, two layers, rows that bring 2 and 1 tokens."""
+    ledger = CacheLedger(2)
+    ledger.claim(0, [2, 1], 2)
+    assert ledger.written == {0} and ledger.n_new == [2, 1], f"after claim(0): written {ledger.written}, n_new {ledger.n_new}"
+    again = error_of(lambda: ledger.claim(0, [2, 1], 2), CacheStateError)
+    assert again, "layer 0 twice in one pass: got no CacheStateError; the second write would overwrite the first"
+    other = error_of(lambda: ledger.claim(1, [3, 3], 3), CacheStateError)
+    assert other, "layer 0 brought 2 tokens, layer 1 brings 3: got no CacheStateError, the layers disagree"
+    ledger.claim(1, [2, 1], 2)
+    assert ledger.lengths == [0, 0], f"before commit: got {ledger.lengths}, expected [0, 0]; pending is not stored"
+    ledger.commit()
+    assert ledger.lengths == [2, 1], f"after commit: got {ledger.lengths}, expected [2, 1]; each row counts its own n_new"
+    assert error_of(ledger.commit, CacheStateError), "a second commit: got no CacheStateError; is the pass still open?"
+    ### BEGIN HIDDEN TESTS
+    ledger.claim(1, [1, 1], 1)
+    ledger.claim(0, [1, 1], 1)
+    ledger.commit()
+    assert ledger.lengths == [3, 2], f"a second pass of one token: got {ledger.lengths}, expected [3, 2]"
+    assert error_of(CacheLedger(1).commit, CacheStateError), "commit on a new ledger: got no CacheStateError"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_ledger()
+
+# %% [markdown]
+"""
+## 6. The cache
+
+Now the parts come together. Two cells are given. `KVStore` holds the memory: one array for all layers, allocated
+once, counted by lesson 14's `MemoryTracker` where one is passed. `_readable` is the same memory under a second name
+that cannot be written to; whatever is handed out is sliced from it, so reading costs no copy, and no caller changes
+the cache by accident. `CacheRows` edits what is stored, with two functions that you will build in section 14.
+
+    store (L, 2, B, H_kv, S, D)      | layer 0 keys | layer 0 values | layer 1 keys | layer 1 values | ...
+"""
 
 # %%
 #| export
-class KVCache:
-    """The keys and values of every token so far, for every layer; a forward pass is a transaction.
-
-    `update` writes a layer's new tokens behind the committed ones, `advance` commits them for all layers. A call
-    that raises changes nothing. A pass that was never committed is void: abandon() drops it, and so does the
-    next update of a layer that it had written, if an update was refused for its data in between.
-    What is not a token is zero, in every layer and slot. num_heads counts the heads that are stored (num_kv_heads).
-    For inference only: no gradient flows into or out of the cache.
-
-    >>> cache = KVCache(batch_size=1, max_seq_len=8, num_layers=1, num_heads=2, head_dim=4)
-    >>> key, value, pos = cache.update(0, np.ones((1, 2, 3, 4)), np.ones((1, 2, 3, 4)))
-    >>> key.shape, cache.seq_pos
-    ((1, 2, 3, 4), 0)
-    >>> cache.advance()
-    >>> cache.seq_pos, cache.nbytes
-    (3, 512)
-    """
-
-    window, sinks = None, 0  # what visible_mask needs to know; a later cache slides a window
+class KVStore:
+    """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
 
     def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
                  dtype=np.float32, strict=False, tracker=None):
@@ -243,22 +625,21 @@ class KVCache:
                      num_heads=num_heads, head_dim=head_dim)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.dtype, self.strict = storage_dtype(dtype), bool(strict)
-        self._tracker, self._allocation = tracker, None
-        if tracker is not None:
-            self._allocation = tracker.allocate("kv_cache", self.config.calculate_size())
-        shape = (self.num_layers, 2, self.batch_size, self.num_heads, self.max_seq_len, self.head_dim)
-        self._hold(np.zeros(shape, self.dtype))
+        self.dtype, self.strict, self._tracker = storage_dtype(dtype), bool(strict), tracker
+        size = self.config.calculate_size()
+        self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
+        self._make_store()
         self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
 
-    def _hold(self, store):
-        self._store = store
-        self._readable = store.view()  # the same bytes; whatever is sliced from it cannot be written to
+    def _make_store(self):
+        shape = (self.num_layers, 2, self.batch_size, self.num_heads, self.max_seq_len, self.head_dim)
+        self._store = np.zeros(shape, self.dtype)
+        self._readable = self._store.view()
         self._readable.flags.writeable = False
 
     @classmethod
     def from_config(cls, config, tracker=None, strict=False):
-        """A cache of the sizes of a KVCacheConfig; its bytes are counted by `tracker` until close()."""
+        """A cache of the sizes of a KVCacheConfig. `tracker` (a MemoryTracker) counts its bytes until close()."""
         return cls(config.batch_size, config.max_context_length, config.num_layers, config.num_kv_heads,
                    config.head_dim, dtype=config.dtype, strict=strict, tracker=tracker)
 
@@ -268,7 +649,124 @@ class KVCache:
         return KVCacheConfig(self.num_layers, self.max_seq_len, self.num_heads, self.head_dim,
                              self.batch_size, self.dtype)
 
-    # ---- what is in it
+    @property
+    def capacity(self):
+        """Tokens that one row can hold."""
+        return self.max_seq_len
+
+    @property
+    def nbytes(self):
+        """Bytes of the store, full or empty."""
+        return self._store.nbytes
+
+    def get_memory_usage(self):
+        """Bytes allocated, and bytes that hold tokens; MB are 2**20 bytes."""
+        used = kv_cache_bytes(self.num_layers, self.num_heads, self.head_dim, sum(self.seq_lens), self.dtype.itemsize)
+        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
+                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name}
+
+    def close(self):
+        """Give the memory back, to the tracker as well: a cache without room. A second call does nothing."""
+        allocation, self._allocation = self._allocation, None
+        if allocation is not None:
+            allocation.close()
+        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
+        self._make_store()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+# %%
+#| export
+class CacheRows:
+    """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
+
+    Each of these drops what is pending first, and changes nothing when it raises.
+    """
+
+    def truncate(self, lengths):
+        """Keep only the first tokens of each row; one length for all rows, or one per row."""
+        stored, kept = self._ledger.lengths, per_row("lengths", lengths, self.batch_size)
+        for row, (have, keep) in enumerate(zip(stored, kept)):
+            if keep > have:
+                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+        self.abandon()
+        clear_slots(self._store, kept, stored)
+        self._ledger.lengths = kept
+
+    def rollback(self, n):
+        """Forget the n newest tokens; one number for all rows, or one per row."""
+        stored, newest = self._ledger.lengths, per_row("n", n, self.batch_size)
+        for row, (have, lose) in enumerate(zip(stored, newest)):
+            if lose > have:
+                raise ValueError(f"row {row} holds {have} tokens: it cannot forget {lose}")
+        self.truncate([have - lose for have, lose in zip(stored, newest)])
+
+    def reorder(self, row_indices):
+        """Row r becomes what row row_indices[r] was. A row may be named twice: beam search keeps the best beams."""
+        rows = per_row("row_indices", row_indices, self.batch_size)
+        if max(rows) >= self.batch_size:
+            raise ValueError(f"row_indices {rows}: the last row is {self.batch_size - 1}")
+        self.abandon()
+        gather_rows(self._store[..., : self.seq_pos, :], rows)
+        self._ledger.lengths = [self._ledger.lengths[row] for row in rows]
+
+    def clone(self):
+        """An independent copy of what is committed."""
+        twin = type(self).from_config(self.config, self._tracker, self.strict)
+        for row, length in enumerate(self.seq_lens):
+            twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]
+        twin._ledger.lengths = self.seq_lens
+        return twin
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
+# %% [markdown]
+"""
+The cache itself is one forward pass, and two bodies are yours.
+
+`update` is handed valid arrays (`_accept` has refused the rest and has claimed the layer). Write the keys and the
+values of *this* layer behind what each row has stored, and return a `KVView` of stored **and** new tokens: the
+newest token must see itself. `self._read(layer_idx, S)` gives the two Tensors, `slot_positions` the positions.
+
+`reset` makes the cache as new: no bytes, no lengths, nothing pending.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-cache", "locked": false, "schema_version": 3, "solution": true, "task": false}
+#| export
+class KVView(NamedTuple):
+    """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
+
+    key: Any
+    value: Any
+    pos: Any
+
+
+class KVCache(KVStore, CacheRows):
+    """The keys and values of every token so far, for every layer. A forward pass is a transaction.
+
+    `update` writes one layer's new tokens behind the committed ones; `advance` commits them for all layers. A call
+    that raises changes nothing. What is not a token is zero, in every layer and slot. num_heads counts the heads
+    that are stored (num_kv_heads). For inference only: no gradient flows into the cache or out of it.
+
+    A pass that failed: abandon() drops what is pending. So does the next update of a layer that was already
+    written, if an update was refused for its data in between; without that, a second update is CacheStateError.
+
+    >>> cache = KVCache(batch_size=1, max_seq_len=8, num_layers=1, num_heads=2, head_dim=4)
+    >>> key, value, pos = cache.update(0, np.ones((1, 2, 3, 4)), np.ones((1, 2, 3, 4)))
+    >>> key.shape, pos.tolist(), cache.seq_pos
+    ((1, 2, 3, 4), [[0, 1, 2]], 0)
+    >>> cache.advance()
+    >>> cache.seq_pos, cache.nbytes
+    (3, 512)
+    """
+
+    window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
+
     @property
     def seq_lens(self):
         """Committed tokens of each row, as a list."""
@@ -279,168 +777,79 @@ class KVCache:
         """Committed tokens of the longest row."""
         return max(self._ledger.lengths)
 
-    @property
-    def capacity(self):
-        """Tokens that a row can hold."""
-        return self.max_seq_len
-
-    @property
-    def nbytes(self):
-        """Bytes of the arrays, full or empty."""
-        return self._store.nbytes
-
-    def get_memory_usage(self):
-        """Bytes allocated and used; MB are 2**20 bytes."""
-        used = sum(self._ledger.lengths) * self._store.nbytes // max(1, self.batch_size * self.max_seq_len)
-        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
-                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name}
-
-    # ---- one forward pass
     def positions(self, n_new, seq_len=None):
         """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
         n_new = per_row("n_new", n_new, self.batch_size)
-        seq_len = max(n_new) if seq_len is None else seq_len
-        return next_positions(self._ledger.lengths, n_new, seq_len)
+        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
 
     def update(self, layer_idx, key, value, n_new=None):
         """Store T >= 1 new tokens of one layer; return all that they may look at, themselves included.
 
-        key, value (B, H_kv, T, D); n_new: valid tokens of each row where the chunk is padded on the right.
-        The KVView is read-only and shares memory with the cache. Errors: ValueError for what does not fit,
-        CacheStateError for a call out of order; both before a byte is written.
+        key, value (B, H_kv, T, D); n_new: the valid tokens of each row where the chunk is padded on the right.
+        The KVView is read-only and shares memory with the cache. ValueError for what does not fit,
+        CacheStateError for a call out of order, both before a byte is written.
         """
-        with self._lock:
+        with self._lock:  # other layers may be updated from other threads
             layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
-            lengths = self._ledger.lengths
-        write_tokens(self._store[layer_idx, 0], key, lengths, n_new)
-        write_tokens(self._store[layer_idx, 1], value, lengths, n_new)
-        visible = [length + count for length, count in zip(lengths, n_new)]
+        stored = self._ledger.lengths
+        ### BEGIN SOLUTION
+        write_tokens(self._store[layer_idx, 0], key, stored, n_new)
+        write_tokens(self._store[layer_idx, 1], value, stored, n_new)
+        visible = [length + count for length, count in zip(stored, n_new)]
         return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
+        ### END SOLUTION
 
     def advance(self):
-        """Commit what every layer has written. A layer that was skipped holds zeros; strict=True refuses that."""
+        """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
         skipped = sorted(set(range(self.num_layers)) - self._ledger.written)
-        if self.strict and skipped and len(skipped) < self.num_layers:
+        if self.strict and 0 < len(skipped) < self.num_layers:
             raise CacheStateError(f"advance() before layers {skipped} were updated (strict=True)")
         self._ledger.commit()
 
     def abandon(self):
-        """Drop what is pending: the forward pass that wrote it has failed. Without a pending pass, nothing."""
+        """Drop what is pending: the pass that wrote it has failed. Nothing happens when nothing is pending."""
         ledger = self._ledger
         if ledger.written:
-            self._clear(ledger.lengths, [length + n for length, n in zip(ledger.lengths, ledger.n_new)])
+            clear_slots(self._store, ledger.lengths, [old + new for old, new in zip(ledger.lengths, ledger.n_new)])
         ledger.close_pass()
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as read-only Tensors."""
         return self._read(self._layer(layer_idx), self.seq_pos)
 
-    # ---- the newest tokens, rows, copies
-    def truncate(self, lengths):
-        """Keep the first tokens of each row: one length for all rows, or one per row. Drops what is pending."""
-        stored, kept = self._ledger.lengths, per_row("lengths", lengths, self.batch_size)
-        for row, (have, keep) in enumerate(zip(stored, kept)):
-            if keep > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
-        self.abandon()
-        self._clear(kept, stored)
-        self._ledger.lengths = kept
-
-    def rollback(self, n):
-        """Forget the n newest tokens: of all rows, or one number per row. Drops what is pending."""
-        stored, gone = self._ledger.lengths, per_row("n", n, self.batch_size)
-        for row, (have, lose) in enumerate(zip(stored, gone)):
-            if lose > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot roll back {lose}")
-        self.truncate([have - lose for have, lose in zip(stored, gone)])
-
-    def reorder(self, row_indices):
-        """Row r becomes what row row_indices[r] was; rows may repeat. Drops what is pending."""
-        rows = per_row("row_indices", row_indices, self.batch_size)
-        if max(rows) >= self.batch_size:
-            raise ValueError(f"row_indices {rows} name rows beyond the last, {self.batch_size - 1}")
-        self.abandon()
-        used = self._store[..., : self.seq_pos, :]
-        used[...] = used[:, :, rows]
-        self._ledger.lengths = [self._ledger.lengths[row] for row in rows]
-
-    def clone(self):
-        """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, self._tracker, self.strict)
-        for row, length in enumerate(self._ledger.lengths):
-            twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]
-        twin._ledger.lengths = self.seq_lens
-        return twin
-
-    def __deepcopy__(self, memo):
-        return self.clone()
-
     def reset(self):
-        """Empty again: no tokens, every byte zero, nothing pending."""
+        """Empty again: no bytes, no lengths, nothing pending."""
+        ### BEGIN SOLUTION
         self._store[...] = 0
         self._ledger = CacheLedger(self.batch_size)
+        ### END SOLUTION
 
-    # ---- life and model
-    def close(self):
-        """Give the memory back, to the tracker as well; the cache has no room any more. A second call does nothing."""
-        allocation, self._allocation = self._allocation, None
-        if allocation is not None:
-            allocation.close()
-        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
-        self._hold(np.zeros((self.num_layers, 2, self.batch_size, self.num_heads, 0, self.head_dim), self.dtype))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    @contextmanager
     def attached_to(self, model, n_new=None):
-        """Within the block the model runs on this cache; afterwards its very same parts are back.
-
-        n_new: valid tokens per row of the one padded chunk that is run in the block. A block that is left by
-        an exception drops what is pending.
-        """
-        replaced = attach(model, self, n_new)
-        try:
-            yield self
-        except BaseException:
-            self.abandon()
-            raise
-        finally:
-            put_parts(replaced)
+        """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
+        return attached(model, self, n_new)
 
     def __repr__(self):
-        return (f"{type(self).__name__}(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
-                f"num_layers={self.num_layers}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
-                f"dtype={self.dtype.name}, seq_lens={self.seq_lens})")
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
+                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
+        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
 
-    # ---- inside
     def _accept(self, layer_idx, key, value, n_new):
-        """All that an update can be refused for; the arrays in storage dtype and n_new per row when it is not."""
+        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
+        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
         try:
             layer_idx = self._layer(layer_idx)
-            heads = (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-            key, value = check_tokens("key", key, *heads), check_tokens("value", value, *heads)
-            seq_len = key.shape[2]
-            if value.shape[2] != seq_len:
-                raise ValueError(f"key brings {seq_len} tokens and value {value.shape[2]}: they must be as many")
-            n_new = per_row("n_new", seq_len if n_new is None else n_new, self.batch_size)
-            if max(n_new) > seq_len:
-                raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
-            check_room(self._ledger.lengths, n_new, self.max_seq_len)
+            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
+            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
         except ValueError:
-            self._ledger.failed = bool(self._ledger.written)
+            ledger.failed = bool(ledger.written)  # the open pass will not be finished: it may be started anew
             raise
-        if self._ledger.failed and layer_idx in self._ledger.written:
+        if ledger.failed and layer_idx in ledger.written:
             self.abandon()
-        self._ledger.claim(layer_idx, n_new, seq_len)
+        ledger.claim(layer_idx, n_new, key.shape[2])
         return layer_idx, key, value, n_new
 
     def _layer(self, layer_idx):
-        whole_number("layer_idx", layer_idx, least=0)
-        if layer_idx >= self.num_layers:
+        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
             raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
         return int(layer_idx)
 
@@ -448,21 +857,86 @@ class KVCache:
         key, value = self._readable[layer_idx, :, :, :, :num_slots]
         return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
-    def _clear(self, starts, stops):
-        """What is not a token is zero: this makes slots start .. stop of each row so."""
-        for row, (start, stop) in enumerate(zip(starts, stops)):
-            self._store[:, :, row, :, start:stop] = 0
+# %% nbgrader={"grade": true, "grade_id": "17-cache-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def test_unit_cache():
+    """Oracle: np.concatenate of what was put in, and the rule that a view shares memory."""
+    cache, (k, v), (k2, v2) = KVCache(2, 8, 3, 2, 4), chunk_of(3), chunk_of(1, seed=1)
+    for layer in range(3):
+        view = cache.update(layer, k + layer, v - layer)
+    assert cache.seq_pos == 0, f"before advance: seq_pos is {cache.seq_pos}, expected 0; update must not commit"
+    assert view.key.shape == (2, 2, 3, 4), f"view: key {view.key.shape}, expected (2, 2, 3, 4); new tokens see themselves"
+    cache.advance()
+    view = cache.update(1, k2, v2)
+    assert view.key.shape == (2, 2, 4, 4), f"3 stored + 1 new: key {view.key.shape}; the newest token must see itself"
+    expected = np.concatenate([k + 1, k2], axis=2)
+    assert np.array_equal(view.key.numpy(), expected), "layer 1: these are not its keys; was the layer index ignored?"
+    expected = np.concatenate([v - 1, v2], axis=2)
+    assert np.array_equal(view.value.numpy(), expected), "layer 1: these are not its values; keys in the values' place?"
+    assert np.array_equal(cache.get(2)[0].numpy(), k + 2), "layer 2 changed when layer 1 was written"
+    assert view.pos.tolist() == [[0, 1, 2, 3]] * 2, f"positions: got {view.pos.tolist()}, expected 0 .. 3 in both rows"
+    assert np.shares_memory(view.key.numpy(), cache.get(1)[0].numpy()), "the view copies the history at every step"
+    cache.reset()
+    assert cache.seq_pos == 0 and cache.seq_lens == [0, 0], f"after reset: lengths {cache.seq_lens}, expected [0, 0]"
+    cache.update(0, k2, v2)
+    cache.advance()
+    assert not cache.get(1)[0].numpy().any(), "after reset: layer 1 still reads bytes of before, expected zeros"
+    ### BEGIN HIDDEN TESTS
+    cache = KVCache(2, 6, 2, 2, 4)
+    view = cache.update(0, k, v, n_new=[3, 1])
+    assert view.pos.tolist() == [[0, 1, 2], [0, -1, -1]], f"n_new [3, 1]: positions {view.pos.tolist()}"
+    cache.update(1, k, v, n_new=[3, 1])
+    cache.advance()
+    view = cache.update(0, k2, v2)
+    assert view.pos.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]], f"then one token each: positions {view.pos.tolist()}"
+    assert np.array_equal(view.key.numpy()[1, :, 1], k2[1, :, 0]), "row 1: its second token is not in slot 1"
+    assert cache.seq_lens == [3, 1], f"lengths before advance: {cache.seq_lens}, expected [3, 1]"
+    ### END HIDDEN TESTS
 
-# %%
-#| export
-def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
-    """A KVCache of these sizes; options are those of KVCache (dtype, strict, tracker)."""
-    return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
+
+if __name__ == "__main__":
+    test_unit_cache()
+
+# %% [markdown]
+"""
+*Look back: the forgotten advance.* It is the most common mistake with such a cache. What happens without it? The next
+pass would write over the tokens of this one, and every position would be one too small. Here the ledger sees it:
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-advance", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    cache, (k, v) = KVCache(2, 8, 3, 2, 4), chunk_of(3)
+    print(cache)
+    for layer in range(3):
+        cache.update(layer, k, v)
+    print("no advance, next token:", error_of(lambda: cache.update(0, k, v)))
+    cache.advance()
+    print("advance, then one too many:", error_of(cache.advance))
+    print(f"stored {cache.seq_lens}, memory {cache.get_memory_usage()}")
+    print("nine tokens into eight slots:", error_of(lambda: cache.update(0, *chunk_of(6))))
+
+# %% [markdown]
+"""
+## 7. Cached attention
+
+Lesson 12 cut attention in three: project, attend, merge. The cache goes between the first and the second:
+
+    without   q, k, v = project(x)                          attend(q, k, v, causal mask)        merge
+    with      q, k, v = project(x)   k, v, pos = update     attend(q, k, v, visible)            merge
+              x: the T new tokens    S tokens, old and new  q (B,H,T,D) against k (B,H_kv,S,D)
+
+Now queries and keys differ in number, and the mask of lesson 12 (T x T) does not fit. A mask aligned top-left would let
+the first query see one key; but the T queries are the *last* T tokens. So nobody counts indices:
+`visible_mask(query positions, key positions)` decides by position alone, `0 <= key position <= query position`.
+
+Three tokens stored, two new ones:    keys     0 1 2 3 4
+                            query 3            x x x x .
+                            query 4            x x x x x
+"""
 
 # %%
 #| export
 class StandIn(Module):
-    """A part of a model that stands in for another: same parameters under the same names, same attributes."""
+    """A part of a model that stands in for another: the same parameters under the same names, the same attributes."""
 
     def __init__(self, part, cache, n_new=None):
         self.part, self.cache, self.n_new = part, cache, n_new
@@ -480,62 +954,241 @@ class StandIn(Module):
         """Where the T tokens of this pass stand, (B, T); -1 for padding."""
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
-# %%
+# %% [markdown]
+"""
+Write the forward pass. In training mode the stand-in steps aside: it returns `self.part(x, mask)` and the cache is not
+touched (section 15 says why). In eval mode: the second line of the picture, with `self.positions(T)`,
+`self.cache.update(self.layer_idx, key, value, self.n_new)`, and
+`visible_mask(query_pos, key_pos, self.cache.window, self.cache.sinks)`.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-attention", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 class CachedAttention(StandIn):
-    """Attention with one cache.update between project and attend. In training mode: the attention it stands for."""
+    """Attention with one cache.update between project and attend; in training mode, the attention it stands for."""
 
     def __init__(self, attention, cache, layer_idx, n_new=None):
         super().__init__(attention, cache, n_new)
         self.layer_idx = layer_idx
 
     def forward(self, x, mask=None):
+        """x (B, T, E), the new tokens only -> (B, T, E)."""
+        if mask is not None and not self.training:
+            raise NotImplementedError("a cached forward makes its mask from positions and takes no other")
+        ### BEGIN SOLUTION
         if self.training:
             return self.part(x, mask)
-        if mask is not None:
-            raise NotImplementedError("a cached forward makes its mask from positions; it takes no other")
-        query, key, value = self.part.project(x)  # of the T new tokens only
+        query, key, value = self.part.project(x)
         positions = self.positions(x.shape[1])
-        key, value, pos = self.cache.update(self.layer_idx, key, value, self.n_new)
-        visible = visible_mask(positions, pos, self.cache.window, self.cache.sinks)
+        key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
+        visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         return self.part.merge(self.part.attend(query, key, value, visible))
+        ### END SOLUTION
 
 # %%
+# The oracle: not the code under test, nor its uncached sibling, for what both got wrong would pass. No mask at all.
+def slow_attention(query, key, value):
+    """Causal attention in plain loops, float64: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H*D)."""
+    batch_size, num_heads, seq_len, head_dim = query.shape
+    group = num_heads // key.shape[1]  # query heads per key-value head
+    output = np.zeros((batch_size, seq_len, num_heads, head_dim))
+    for row in range(batch_size):
+        for head in range(num_heads):
+            for t in range(seq_len):
+                weights = []
+                for s in range(t + 1):
+                    score = sum(float(a) * float(b) for a, b in zip(query[row, head, t], key[row, head // group, s]))
+                    weights.append(np.exp(score / head_dim**0.5))
+                for s, weight in enumerate(weights):
+                    output[row, t, head] += weight / sum(weights) * value[row, head // group, s]
+    return output.reshape(batch_size, seq_len, -1)
+
+# %% nbgrader={"grade": true, "grade_id": "17-attention-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def test_unit_attention(splits=((3, 2), (1, 1, 1, 1, 1)), seed=0):
+    """Oracle: slow_attention over the whole sequence, while the cached one gets it in pieces."""
+    attention = random_gpt(seed=seed).blocks[0].attention
+    x = Tensor(np.random.default_rng(seed).standard_normal((2, 5, 32), dtype=np.float32))
+    mixed = slow_attention(*(part.numpy() for part in attention.project(x)))
+    expected = mixed @ attention.out_proj.weight.numpy().T + attention.out_proj.bias.numpy()
+    for split in splits:
+        cache, start, pieces = KVCache(2, 8, 2, 2, 8), 0, []
+        for count in split:
+            pieces.append(CachedAttention(attention, cache, 1)(x[:, start : start + count]).numpy())
+            start += count
+            assert cache.seq_pos == start - count, f"seq_pos is {cache.seq_pos}: the layer must not commit, the model does"
+            assert cache._ledger.written == {1}, f"layers written: {cache._ledger.written}, expected {{1}}, its layer_idx"
+            cache.advance()
+        got = np.concatenate(pieces, axis=1)
+        assert got.shape == (2, 5, 32), f"pieces {split}: got shape {got.shape}, expected (2, 5, 32)"
+        wrong = np.abs(got - expected).max(axis=(0, 2)) > 1e-4
+        assert not wrong.any(), (f"pieces {split}: tokens {np.flatnonzero(wrong).tolist()} differ from the plain loops. All: is the "
+                                 "mask's sign right? Those after the first piece: what do they see of the past, and of themselves?")
+    cached = CachedAttention(attention, KVCache(2, 8, 2, 2, 8), 1)
+    cached.train()
+    trained = cached(x).numpy()
+    assert not cached.cache._ledger.written, "training mode: the cache was written, expected the plain attention"
+    assert np.array_equal(trained, attention(x).numpy()), "training mode: not the output of the plain attention"
+    attention.eval()
+
+
+if __name__ == "__main__":
+    test_unit_attention()
+
+### BEGIN HIDDEN TESTS
+if __name__ == "__main__":
+    test_unit_attention(splits=((2, 3), (4, 1), (1, 2, 2)), seed=5)
+### END HIDDEN TESTS
+
+# %% [markdown]
+"""
+*Look back.* The scores of one decode step have T = 1 row and S columns. Which lines of `CachedAttention.forward` still
+cost more with every token? (Only `attend`, and it is two products of a vector with a matrix. The projections run on
+one token, whatever the history.)
+
+## 8. Where a pass begins and ends
+
+The blocks are one half. At the start of a pass stands the position embedding: given the single token `e` it would add
+the row for position 0, as if the sentence had just begun. It has to count on from the cache:
+
+    without a cache    a b c d e     positions 0 1 2 3 4
+    with a cache               e     positions         4
+
+And at the end, when all layers have written, somebody must call `advance`, once. The norm after the last block
+stands there. Two more stand-ins, and both step aside in training mode (that is given).
+
+`CountingPositions`: a new pass begins, so drop what a failed one may have left (`self.cache.abandon()`). Then, if no
+positions were given, take `self.positions(T)`, with padding (-1) moved to 0, and let `self.part` add those rows.
+`CommittingNorm`: the output of `self.part`, and the commit.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-ends", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 class CountingPositions(StandIn):
-    """A position embedding that counts on from the cached tokens. It is where a cached forward pass begins."""
+    """A position embedding that counts on from the cached tokens. A cached forward pass begins here."""
 
     def forward(self, x, positions=None):
+        """x (B, T, E), the new tokens -> (B, T, E) with the rows of their positions added."""
         if self.training:
             return self.part(x, positions)
-        self.cache.abandon()  # what a failed pass has left
+        ### BEGIN SOLUTION
+        self.cache.abandon()
         if positions is None:
-            positions = np.maximum(self.positions(x.shape[1]), 0)  # padding may take any row of the table
+            positions = np.maximum(self.positions(x.shape[1]), 0)
         return self.part(x, positions)
+        ### END SOLUTION
 
 
 class CommittingNorm(StandIn):
-    """The norm after the last block. It is where a cached forward pass ends: all layers have written, commit."""
+    """The norm after the last block. A cached forward pass ends here: all layers have written, commit."""
 
     def forward(self, x):
+        if self.training:
+            return self.part(x)
+        ### BEGIN SOLUTION
         y = self.part(x)
-        if not self.training:
-            self.cache.advance()
+        self.cache.advance()
         return y
+        ### END SOLUTION
 
-# %%
+# %% nbgrader={"grade": true, "grade_id": "17-ends-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_ends():
+    """Oracle: the rows of the position table, read off its weight; a ledger counted by hand."""
+    model, cache, (k, v) = random_gpt(), KVCache(2, 16, 1, 2, 4), chunk_of(3)
+    table, zeros = model.position_embedding.weight.numpy(), Tensor(np.zeros((2, 2, 32), np.float32))
+    norm, positions = CommittingNorm(model.norm, cache), CountingPositions(model.position_embedding, cache)
+    cache.update(0, k, v, n_new=[3, 1])
+    x = Tensor(np.random.default_rng(0).standard_normal((2, 3, 32), dtype=np.float32))
+    assert np.array_equal(norm(x).numpy(), model.norm(x).numpy()), "CommittingNorm: not the output of the norm"
+    assert cache.seq_lens == [3, 1], f"after the norm: lengths {cache.seq_lens}, expected [3, 1]; advance was forgotten"
+    got = positions(zeros).numpy()
+    assert got.shape == (2, 2, 32), f"got shape {got.shape}, expected (2, 2, 32)"
+    assert not np.array_equal(got[0], table[:2]), "row 0 holds 3 tokens, the next got positions 0, 1: they restart"
+    assert np.array_equal(got[0], table[3:5]), "row 0 holds 3 tokens: the next two stand at 3 and 4"
+    assert np.array_equal(got[1], table[1:3]), "row 1 holds 1 token: its next two stand at 1 and 2, not where row 0 stands"
+    ### BEGIN HIDDEN TESTS
+    cache.reset()
+    got = CountingPositions(model.position_embedding, cache, n_new=[2, 1])(zeros).numpy()
+    assert got.shape == (2, 2, 32) and np.array_equal(got[0], table[:2]), "an empty cache begins at position 0"
+    for part in (norm, positions):
+        part.train()
+    norm(x), positions(zeros)
+    assert cache.seq_pos == 0, "training mode: the cache was committed"
+    model.eval()
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_ends()
+
+# %% [markdown]
+"""
+## 9. Joining the model
+
+The GPT of lesson 13 knows nothing of caches, and will not be edited. We replace parts, as lesson 15 replaces a Linear by
+a quantized one: each stand-in holds the old part, shares its weights, and can be taken out again.
+
+    position_embedding          -> CountingPositions(position_embedding, cache)
+    blocks[0].attention         -> CachedAttention(blocks[0].attention, cache, 0)
+    blocks[1].attention         -> CachedAttention(blocks[1].attention, cache, 1)
+    norm                        -> CommittingNorm(norm, cache)
+
+Two things go wrong in practice: every stand-in shares one attention or one layer number, and a model that is joined
+twice gets stand-ins for stand-ins. `original` helps against the second. The rest, below, is bookkeeping: `attached`
+puts the parts in for a block of code, `enable_kv_cache` until further notice, and the very same old parts come back.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-join", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 def original(part):
-    """The part that a stand-in stands for; any other part itself."""
+    """The part that a stand-in stands for; any other part is itself."""
     return part.part if isinstance(part, StandIn) else part
 
 
-def put_parts(parts):
-    """Set each (owner, name, part)."""
-    for owner, name, part in parts:
-        setattr(owner, name, part)
+def end_parts(model, cache, n_new=None):
+    """The stand-ins at both ends of the model, as (owner, attribute name, stand-in)."""
+    return [
+        (model, "position_embedding", CountingPositions(original(model.position_embedding), cache, n_new)),
+        (model, "norm", CommittingNorm(original(model.norm), cache, n_new)),
+    ]
 
 
+def attention_parts(model, cache, n_new=None):
+    """One CachedAttention per block, as (block, "attention", stand-in): its own attention, its own layer number."""
+    ### BEGIN SOLUTION
+    return [
+        (block, "attention", CachedAttention(original(block.attention), cache, layer_idx, n_new))
+        for layer_idx, block in enumerate(model.blocks)
+    ]
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-join-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_join():
+    """Oracle: the model's own objects, by identity."""
+    model, cache = random_gpt(), KVCache(1, 64, 3, 2, 8)
+    attentions = [block.attention for block in model.blocks]
+    parts = attention_parts(model, cache, n_new=[2])
+    assert len(parts) == 3, f"a model of 3 blocks: got {len(parts)} parts, expected 3"
+    for layer, (block, name, part) in enumerate(parts):
+        assert block is model.blocks[layer] and name == "attention", f"part {layer} belongs to block {layer}, 'attention'"
+        assert part.part is attentions[layer], f"block {layer} got the attention of another block: all the same weights?"
+        assert part.layer_idx == layer, f"block {layer} got layer_idx {part.layer_idx}, expected {layer}"
+        assert part.cache is cache and part.n_new == [2], f"block {layer}: cache and n_new were not handed on"
+    for block, name, part in parts:
+        setattr(block, name, part)
+    again = attention_parts(model, cache)
+    assert again[0][2].part is attentions[0], "joined twice: a stand-in for a stand-in; take the original"
+    ### BEGIN HIDDEN TESTS
+    deep = random_gpt(num_layers=5)
+    numbers = [part.layer_idx for _, _, part in attention_parts(deep, KVCache(1, 64, 5, 2, 8))]
+    assert numbers == [0, 1, 2, 3, 4], f"five blocks: got layer numbers {numbers}"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_join()
+
+# %%
+#| export
 def require_parts(model):
     """AttributeError that names everything that the model lacks for a cache."""
     needed = ("embed_dim", "num_layers", "num_heads", "max_seq_len", "blocks", "position_embedding", "norm")
@@ -549,33 +1202,56 @@ def attach(model, cache, n_new=None):
     require_parts(model)
     if len(model.blocks) != cache.num_layers:
         raise ValueError(f"the model has {len(model.blocks)} blocks, the cache {cache.num_layers} layers")
-    parts = [
-        (model, "position_embedding", CountingPositions(original(model.position_embedding), cache, n_new)),
-        (model, "norm", CommittingNorm(original(model.norm), cache)),
-    ]
-    for layer_idx, block in enumerate(model.blocks):  # each stand-in gets its own layer_idx
-        parts.append((block, "attention", CachedAttention(original(block.attention), cache, layer_idx, n_new)))
+    parts = end_parts(model, cache, n_new) + attention_parts(model, cache, n_new)
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
     put_parts(parts)
     return replaced
 
+
+def put_parts(parts):
+    """Set each (owner, name, part)."""
+    for owner, name, part in parts:
+        setattr(owner, name, part)
+
+
+@contextmanager
+def attached(model, cache, n_new=None):
+    """Within the block the model runs on `cache`; afterwards its very same parts are back.
+
+    n_new: valid tokens per row of the one padded chunk that is run in the block. A block that is left by an
+    exception drops what is pending.
+    """
+    replaced = attach(model, cache, n_new)
+    try:
+        yield cache
+    except BaseException:
+        cache.abandon()
+        raise
+    finally:
+        put_parts(replaced)
+
 # %%
 #| export
+def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
+    """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker."""
+    return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
+
+
 def enable_kv_cache(model=None, *sizes, **options):
     """Let a GPT run on a new cache of its own sizes, in eval mode, until disable_kv_cache; return the cache.
 
     Options: batch_size=1, max_seq_len (default: the model's), dtype, strict, tracker. A second call replaces the
-    first cache. In training mode the cache is bypassed. Inference only: keys and values carry no gradients.
+    first cache. Inference only: in training mode the cache is bypassed, and keys and values carry no gradients.
     Called with the sizes of create_kv_cache instead of a model, it forwards to it.
     """
     if model is None or isinstance(model, (int, np.integer)):
         return create_kv_cache(*([] if model is None else [model]), *sizes, **options)
     if sizes:
-        raise TypeError("the sizes come from the model; options are given by name, as batch_size=2")
+        raise TypeError("the sizes come from the model; options are given by name, for example batch_size=2")
     require_parts(model)
-    num_kv_heads = getattr(model, "num_kv_heads", None) or model.num_heads
     found = dict(batch_size=1, max_seq_len=model.max_seq_len, num_layers=model.num_layers,
-                 num_heads=num_kv_heads, head_dim=model.embed_dim // model.num_heads)
+                 num_heads=getattr(model, "num_kv_heads", model.num_heads),
+                 head_dim=model.embed_dim // model.num_heads)
     cache = create_kv_cache(**{**found, **options})
     disable_kv_cache(model)
     attach(model, cache)
@@ -584,13 +1260,113 @@ def enable_kv_cache(model=None, *sizes, **options):
 
 
 def disable_kv_cache(model):
-    """Put the very same parts back that enable_kv_cache replaced."""
-    for owner, name in [(model, "position_embedding"), (model, "norm"), *((b, "attention") for b in model.blocks)]:
-        setattr(owner, name, original(getattr(owner, name)))
+    """Put the very same parts back that enable_kv_cache replaced. Without an enabled cache, nothing changes."""
+    owners = [(model, "position_embedding"), (model, "norm"), *((block, "attention") for block in model.blocks)]
+    put_parts([(owner, name, original(getattr(owner, name))) for owner, name in owners])
     model._kv_cache, model._cache_enabled = None, False
 
+# %% [markdown]
+"""
+## 10. Proof
+
+Does it compute the same? Two oracles. The model without a cache must give the same logits; and because cached and
+uncached share most of their code, so must a GPT written out in plain loops. Small differences are rounding: the
+products are summed in another order.
+"""
+
 # %%
+def slow_gpt(model, ids):
+    """Logits (B, T, V) of a GPT whose attention is `slow_attention`, in float64, from the weights alone."""
+    weights = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+    heads, shared, dim = model.num_heads, model.num_kv_heads, model.embed_dim // model.num_heads
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    ids = np.asarray(ids)
+    x = weights["token_embedding.weight"][ids] + weights["position_embedding.weight"][: ids.shape[1]]
+    for i in range(model.num_layers):
+        packed = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv_proj")
+        packed = packed.reshape(*ids.shape, heads + 2 * shared, dim).swapaxes(1, 2)  # (B, H + 2*H_kv, T, D)
+        mixed = slow_attention(packed[:, :heads], packed[:, heads : heads + shared], packed[:, heads + shared :])
+        x = x + linear(mixed, f"blocks.{i}.attention.out_proj")
+        hidden = gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.up_proj"))
+        x = x + linear(hidden, f"blocks.{i}.mlp.down_proj")
+    return norm(x, "norm") @ weights["token_embedding.weight"].T
+
+# %% nbgrader={"grade": true, "grade_id": "17-equal-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def test_unit_equal():
+    """Oracles: slow_gpt, the model without a cache, and the counted token rows."""
+    model, ids = random_gpt(), np.random.default_rng(1).integers(0, 64, (2, 7))
+    names, expected, plain = list(model.state_dict()), slow_gpt(model, ids), model.generate(ids, 6)
+    cache = enable_kv_cache(model, batch_size=2)
+    got = np.concatenate([model(ids[:, :4]).numpy(), model(ids[:, 4:5]).numpy(), model(ids[:, 5:]).numpy()], axis=1)
+    assert got.shape == (2, 7, 64), f"chunks of 4, 1 and 2 tokens: logits {got.shape}, expected (2, 7, 64)"
+    error = np.abs(got - expected).max(axis=(0, 2))
+    assert error.max() < 1e-3, f"against the plain loops, per position: {error.round(4).tolist()}, expected below 0.001"
+    assert cache.seq_lens == [7, 7], f"7 tokens were run: lengths {cache.seq_lens}"
+    assert list(model.state_dict()) == names, "the parameters' names changed: a checkpoint would no longer load"
+    assert np.array_equal(model.generate(ids, 6), plain), "generate: not the tokens of the run without a cache"
+    rows = count_rows(model, lambda: model.generate(ids, 6))
+    assert rows == token_rows(7, 6, cached=True), f"generate ran {rows} rows, expected {token_rows(7, 6, cached=True)}"
+    disable_kv_cache(model)
+    assert model._cache_enabled is False and np.array_equal(model.generate(ids, 6), plain), "disable: not as before"
+    ### BEGIN HIDDEN TESTS
+    for kv_heads in (1, 4):
+        other = random_gpt(num_kv_heads=kv_heads, seed=kv_heads)
+        enable_kv_cache(other, batch_size=2)
+        got = np.concatenate([other(ids[:, t : t + 1]).numpy() for t in range(7)], axis=1)
+        assert np.abs(got - slow_gpt(other, ids)).max() < 1e-3, f"{kv_heads} key-value heads: differs from the plain loops"
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_equal()
+
+# %% [markdown]
+"""
+*Look back.* What if the *first* token of a sequence changes? (Every later logit changes, and the cache is useless: all
+keys and values of later tokens depend on it. Try it with `layer_keys`.) That is why chat programs keep a fixed
+system prompt at the front, and never edit it.
+
+## 11. Prompts and ragged rows
+
+Reading a prompt is called *prefill*: many tokens in one pass, in large matrix products. A long prompt is often cut in
+chunks, to bound the memory of its scores (T x S). The result is the same, for any size of chunk. In a batch, prompts
+have different lengths, padded on the right; a chunk then holds, of each row, what falls into it:
+
+    n_new = [5, 2], chunk = 3     row 0   a b c | d e .      valid in this chunk   3 | 2
+                                  row 1   p q . | . . .                            2 | 0
+
+Write the loop: for each chunk, the valid tokens per row, and one forward pass inside
+`attached(model, cache, n_new=valid)`. Collect the logits of every chunk.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-prefill", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
+def run_in_chunks(model, ids, cache, chunk, n_new):
+    """Run ids (B, T) into the cache, `chunk` tokens at a time; return the list of the logits of each chunk.
+
+    n_new: array (B,), the valid tokens of each right-padded row.
+    """
+    logits = []
+    ### BEGIN SOLUTION
+    for start in range(0, ids.shape[1], chunk):
+        piece = ids[:, start : start + chunk]
+        valid = np.clip(n_new - start, 0, piece.shape[1])
+        with cache.attached_to(model, n_new=valid):
+            logits.append(model(piece))
+    ### END SOLUTION
+    return logits
+
+
 def prefill(model, ids, cache, chunk=None, n_new=None):
     """Run a prompt into the cache, `chunk` tokens at a time; return the logits (B, T, V) of one full forward.
 
@@ -599,28 +1375,378 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
     """
     ids = np.atleast_2d(ids.data if isinstance(ids, Tensor) else np.asarray(ids))
     seq_len = ids.shape[1]
-    counts = np.array(per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size))
+    counts = per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size)
+    if max(counts) > seq_len:
+        raise ValueError(f"n_new {counts} counts more tokens than ids has ({seq_len})")
+    if cache.window is None:  # a window makes its own room
+        check_room(cache.seq_lens, counts, cache.capacity)
     chunk = seq_len if chunk is None else whole_number("chunk", chunk)
-    if cache.window is None:
-        check_room(cache.seq_lens, counts.tolist(), cache.capacity)
-    was_training, logits = model.training, []
+    was_training = model.training
     model.eval()
     try:
-        for start in range(0, seq_len, chunk):
-            ids_chunk = ids[:, start : start + chunk]
-            valid = np.clip(counts - start, 0, ids_chunk.shape[1])
-            with no_grad(), cache.attached_to(model, n_new=valid):
-                logits.append(model(ids_chunk))
+        with no_grad():
+            return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
     finally:
         model.train(was_training)
-    return cat(logits, dim=1)
+
+# %% nbgrader={"grade": true, "grade_id": "17-prefill-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
+def test_unit_prefill(lengths=(5, 8, 3), chunks=(None, 1, 3), seed=2):
+    """Oracle: slow_gpt on each row alone, without padding."""
+    model, rng = random_gpt(seed=seed), np.random.default_rng(seed)
+    rows = [rng.integers(1, 64, length) for length in lengths]
+    ids = np.zeros((3, 8), int)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    for chunk in chunks:
+        cache = KVCache(3, 64, 3, 2, 8)
+        logits = prefill(model, ids, cache, chunk=chunk, n_new=list(lengths))
+        assert logits.shape == (3, 8, 64), f"chunk {chunk}: logits {logits.shape}, expected (3, 8, 64), all chunks together"
+        assert cache.seq_lens == list(lengths), f"chunk {chunk}: lengths {cache.seq_lens}, expected {lengths}; n_new per chunk?"
+        after = model(np.array([[9], [9], [9]]), cache=cache).numpy()
+        for row, tokens in enumerate(rows):
+            alone = slow_gpt(model, np.append(tokens, 9)[None])[0]
+            error = np.abs(logits.numpy()[row, : len(tokens)] - alone[:-1]).max()
+            assert error < 1e-3, f"chunk {chunk}, row {row}: its prompt differs from its own run by {error:.4f}"
+            error = np.abs(after[row, 0] - alone[-1]).max()
+            assert error < 1e-3, f"chunk {chunk}, row {row}: the token after the prompt differs by {error:.4f}; is it stored?"
+
+
+if __name__ == "__main__":
+    test_unit_prefill()
+
+### BEGIN HIDDEN TESTS
+if __name__ == "__main__":
+    test_unit_prefill(lengths=(8, 1, 6), chunks=(5, 8), seed=7)
+### END HIDDEN TESTS
+
+# %% [markdown]
+"""
+*Look back.* The short rows' padding went through the model too, as work for nothing. What would it cost to prefill prompts of 5
+and 500 tokens as one batch? (`token_rows` counts it: 1000 rows, of which 505 are real. Lesson 23 packs them better.)
+
+## 12. Speed
+
+Time to measure. The work we can count: per token row, two operations for each weight of the blocks, and 4 * E * S for
+its scores and its mixture over S keys; the head once per new token. `generation_flops` counts for both ways. If only
+arithmetic mattered, the ratio of the two counts would be the speed-up.
+"""
+
+# %%
+#| export
+def generation_flops(model, prompt_len, max_new_tokens, cached):
+    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
+    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    for i in range(max_new_tokens):
+        seq_len = prompt_len + i
+        rows = 1 if cached and i else seq_len
+        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+    return flops
+
+# %%
+#| export
+def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
+    """Measure generation with and without a cache; print and return one dict per prompt length.
+
+    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
+    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
+    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
+    """
+    model = random_gpt(256, 128, 4, 4, max(lengths) + max_new_tokens, 4) if model is None else model
+    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
+    rows = []
+    for length in lengths:
+        prompt = [i % model.vocab_size for i in range(length)]
+        ways = {cached: lambda used=used: model.generate(prompt, max_new_tokens, cache=used)
+                for cached, used in ((False, None), (True, cache))}
+        seconds = {cached: measure_latency(run, warmup=1, repeats=repeats) for cached, run in ways.items()}
+        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
+        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
+                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
+                     "gflops_without": flops[False] / seconds[False] / 1e9,
+                     "gflops_with": flops[True] / seconds[True] / 1e9,
+                     "same_tokens": ways[False]() == ways[True]()})
+        row = rows[-1]
+        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
+              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
+    return rows
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-speed", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    for row in analyze_kvcache_speedup():
+        print(f"prompt {row['prompt_len']:>3}: {row['gflops_without']:.1f} GFLOP/s without, {row['gflops_with']:.1f} with")
+
+# %% [markdown]
+"""
+The measured speed-up stays below the count. The second table says why: with the cache the machine does fewer operations *per
+second*. A pass over many tokens is a product of matrices: each weight, once read, serves all rows. A pass over one token is a product of a
+vector with a matrix: each weight is read for two operations, and the rest of the time the processor waits for memory.
+On top comes the fixed cost of some hundred NumPy calls per token, the same for one row as for many.
+
+So a cache turns the cost **per token** from "all tokens so far, through everything" into "one token, plus reading the
+cache". The whole text still costs more than linearly: S grows in `attend`, slowly, and in both ways.
+
+*Look back.* When is the cache no gain? (Run `analyze_kvcache_speedup(lengths=(1, 2, 4), max_new_tokens=2)`.)
+"""
+
+# %% [markdown]
+"""
+## 13. Memory
+
+The price grows with everything: layers, key-value heads, batch, length. Two functions compute it, both from
+`kv_cache_bytes`; group-query attention counts by its key-value heads.
+"""
+
+# %%
+#| export
+def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
+    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
+
+    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
+
+    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
+    36.0
+    """
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
+    total = config.calculate_size()
+    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
+            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
+
+
+def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
+                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
+    """MiB of the cache over length and batch size, as text."""
+    def cell(batch_size, seq_len):
+        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
+        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
+
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}, MiB (2**20 bytes)",
+             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
+    for seq_len in seq_lens:
+        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
+    return "\n".join(lines)
+
+# %%
+#| export
+def analyze_kvcache_memory(models=None, batch_size=1):
+    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
+
+    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
+    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
+    a list of dicts, one per model.
+    """
+    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
+    rows = []
+    for name, c in (KNOWN_MODELS if models is None else models).items():
+        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
+        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
+        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
+                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
+        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
+        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
+              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
+    for dtype in (np.float16, np.float32):
+        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
+        measured = KVCache.from_config(config).nbytes
+        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
+    return rows
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-memory", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    analyze_kvcache_memory()
+    print()
+    print(memory_growth_table())
+    print()
+    print("The same layers and heads, but 8 key-value heads:")
+    print(memory_growth_table(num_kv_heads=8))
+
+# %% [markdown]
+"""
+*Look back.* Weights are shared by everybody who is served; a cache belongs to one conversation. How many conversations of
+8192 tokens with Llama-3-70B fit into 80 GB beside nothing else? (`80e9 // KNOWN_MODELS["Llama-3-70B"].calculate_size()`.)
+
+A server must refuse a cache *before* memory runs out. Lesson 14's tracker counts for us:
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-tracker", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    tracker, config = MemoryTracker(limit_bytes=100_000), KVCacheConfig(2, 64, 2, 16, batch_size=4)
+    with KVCache.from_config(config, tracker) as cache:
+        print(f"one cache of {cache.nbytes:,} bytes: used {tracker.by_purpose}")
+        print("a second one:", error_of(lambda: KVCache.from_config(config, tracker), MemoryError))
+    print(f"after the block: used {tracker.by_purpose}, the peak was {tracker.peak:,} bytes")
+
+# %% [markdown]
+"""
+## 14. Rollback and reorder
+
+A small model may guess four tokens, and the large one accept two: the other two must go (lesson 24). `truncate` cuts
+the lengths; but what about the bytes? We keep a simple promise: **what is not a token is zero**. Then a layer that is
+skipped reads zeros, and never the ghost of a forgotten token. Lengths [5, 3], cut to [3, 3]:
+
+    row 0   a b c d e .    ->    a b c . . .
+    row 1   p q r . . .    ->    p q r . . .
+
+`write_tokens` is the worked sibling. The store has all layers here: (L, 2, B, H, S, D).
+
+Beam search keeps the best of several continuations: row 0 may go on from what was row 1, and so may row 2. The rows
+of the cache move accordingly. Done row by row, in place, it fails: with [1, 0, 1], row 0 is overwritten before row 1
+has read it.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-rows", "locked": false, "schema_version": 3, "solution": true, "task": false}
+#| export
+def clear_slots(store, starts, stops):
+    """Zero the slots start .. stop - 1 of each row, in all layers, keys and values: store (L, 2, B, H, S, D)."""
+    ### BEGIN SOLUTION
+    for row, (start, stop) in enumerate(zip(starts, stops)):
+        store[:, :, row, :, start:stop] = 0
+    ### END SOLUTION
+
+
+def gather_rows(store, rows):
+    """Row r becomes what row rows[r] was, in place: store (L, 2, B, H, S, D); a row may be named twice."""
+    ### BEGIN SOLUTION
+    store[...] = store[:, :, rows]  # indexing by a list copies, so nothing is read after it was overwritten
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-rows-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def check_clear():
+    """Oracle: the picture; then a rollback against a cache that never held the forgotten tokens."""
+    store = np.ones((2, 2, 2, 1, 6, 1), np.float32)
+    clear_slots(store, [3, 3], [5, 3])
+    for layer, kind in np.ndindex(2, 2):
+        got = store[layer, kind].reshape(2, 6).tolist()
+        assert got[0] == [1, 1, 1, 0, 0, 1], f"layer {layer}, row 0: got {got[0]}, expected slots 3 and 4 zero, the rest kept"
+        assert got[1] == [1, 1, 1, 1, 1, 1], f"layer {layer}, row 1: got {got[1]}; start = stop forgets nothing"
+    cache, twin, (k, v), (k2, v2) = KVCache(2, 8, 2, 2, 4), KVCache(2, 8, 2, 2, 4), chunk_of(5), chunk_of(1, seed=1)
+    for layer in range(2):
+        cache.update(layer, k, v)
+        twin.update(layer, k[:, :, :3], v[:, :, :3])
+    cache.advance(), twin.advance()
+    cache.rollback(2)
+    for each in (cache, twin):
+        each.update(0, k2, v2)  # layer 1 is skipped: it must read zeros there
+        each.advance()
+        assert each.seq_lens == [4, 4], f"lengths {each.seq_lens}, expected [4, 4]"
+    assert np.array_equal(cache.get(1)[0].numpy(), twin.get(1)[0].numpy()), "the ghost of a forgotten token is read again"
+    ### BEGIN HIDDEN TESTS
+    cache.truncate([1, 4])
+    assert cache.seq_lens == [1, 4] and not cache.get(0)[0].numpy()[0, :, 1:].any(), "row 0, cut to 1: its other slots are zero"
+    assert np.array_equal(cache.get(0)[0].numpy()[1, :, :3], k[1, :, :3]), "row 1 was not cut and must be as before"
+    ### END HIDDEN TESTS
+
+
+def check_gather(rows=(1, 0, 1)):
+    """Oracle: a Python list of rows."""
+    store = np.arange(2 * 2 * 3 * 1 * 4 * 1, dtype=np.float32).reshape(2, 2, 3, 1, 4, 1)
+    before = store.copy()
+    gather_rows(store, list(rows))
+    assert store.shape == before.shape, f"the store has shape {store.shape}, expected {before.shape}"
+    assert not np.array_equal(store, before), "nothing moved: the store itself must change, in place"
+    for row, source in enumerate(rows):
+        for layer in range(2):
+            same = np.array_equal(store[layer, :, row], before[layer, :, source])
+            assert same, f"layer {layer}, row {row}: not what row {source} was; was it overwritten before it was read?"
+
+
+def test_unit_rows():
+    """Both functions."""
+    check_clear()
+    check_gather()
+    ### BEGIN HIDDEN TESTS
+    check_gather(rows=(2, 2, 0))
+    ### END HIDDEN TESTS
+
+
+if __name__ == "__main__":
+    test_unit_rows()
+
+# %% [markdown]
+"""
+*Look back.* What would a rollback cost without a cache? (Nothing: there is nothing to forget. Memory of the past is what
+makes changing it a question.) And a pass that fails half-way? `abandon` is the same move, clear what is pending, and your
+`CountingPositions` calls it when the next pass begins. A check without a hole; one block is broken on purpose:
+"""
+
+# %% nbgrader={"grade": true, "grade_id": "17-failed-pass-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+def test_unit_failed_pass():
+    """Oracle: slow_gpt on what was stored, after a forward pass whose third block failed."""
+    model = random_gpt()
+    cache = enable_kv_cache(model)
+    model(np.array([[1, 2, 3]]))
+    healthy, model.blocks[2].mlp = model.blocks[2].mlp, None
+    message = error_of(lambda: model(np.array([[4, 5]])), TypeError)
+    print(f"the pass fails ({message}): pending layers {sorted(cache._ledger.written)}, stored {cache.seq_lens}")
+    assert cache.seq_lens == [3], f"after a failed pass: lengths {cache.seq_lens}, expected [3] as before"
+    model.blocks[2].mlp = healthy
+    refused = error_of(lambda: model(np.array([[4]])), CacheStateError)
+    assert not refused, f"the pass before it failed, and now a healthy one is refused: {refused}"
+    assert cache.seq_lens == [4], f"3 stored, 2 in a failed pass, 1 in a healthy one: lengths {cache.seq_lens}, expected [4]"
+    error = np.abs(model(np.array([[5]])).numpy()[:, -1] - slow_gpt(model, [[1, 2, 3, 4, 5]])[:, -1]).max()
+    assert error < 1e-3, f"after the failed pass the logits differ by {error:.4f}: was something of it kept?"
+
+
+if __name__ == "__main__":
+    test_unit_failed_pass()
+
+# %% [markdown]
+"""
+## 15. Training mode and gradients
+
+**A cache is for inference only.** In training every position predicts its successor at once: there is no "next token" to
+wait for, and nothing to save. Worse, keys out of the store are plain numbers: no gradient would flow back through them,
+silently, and the weights change with every step, so that stored keys belong to a model that no longer exists.
+Therefore: in `model.train()` an enabled cache is bypassed; `cache=` in training mode is an error; `generate` switches to eval
+mode, records nothing, and switches back. This check has no hole of its own: your parts must keep the promise.
+"""
+
+# %% nbgrader={"grade": true, "grade_id": "17-training-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_training():
+    """Oracle: the same model without a cache, its gradients bit by bit."""
+    ids = np.random.default_rng(3).integers(0, 64, (2, 6))
+
+    def gradients(model):
+        model.zero_grad()
+        logits = model(ids)
+        (logits * logits).mean().backward()
+        return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+    model = random_gpt().train()
+    expected = gradients(model)
+    cache = enable_kv_cache(model, batch_size=2)
+    got = gradients(model)
+    assert cache.seq_pos == 0, f"training mode: {cache.seq_pos} tokens were stored, expected 0, the cache is bypassed"
+    assert list(got) == list(expected) and len(got) > 10, f"gradients of {len(got)} parameters, expected {len(expected)}"
+    for name in expected:
+        assert np.array_equal(got[name], expected[name]), f"gradient of {name}: not bit by bit that without a cache"
+    message = error_of(lambda: model(ids, cache=KVCache(2, 64, 3, 2, 8)), RuntimeError)
+    assert message, "model.train() and an explicit cache=: got no RuntimeError"
+    model.generate(ids, 3)
+    assert model.training and model.blocks[0].attention.training, "generate must bring the training mode back"
+
+
+if __name__ == "__main__":
+    test_unit_training()
+
+# %% [markdown]
+"""
+## 16. Serving
+
+A server reads prompts and writes answers for many at once. The part that it runs most is small enough to read in one
+piece: attention for T tokens over a cache that *already holds them*. First a cache of one layer on its own, the form that
+most programs begin with, given. It has no two steps: it appends.
+"""
 
 # %%
 #| export
 class LayerKVCache:
-    """The cache of one layer on its own, as a beginner would write it: arrays, and a length per row.
+    """The cache of one layer on its own: two arrays (B, H, S, D), public and writable, and a length per row.
 
-    k_cache and v_cache (B, H, S, D) are public and writable, and so is the list seq_lens.
+    `seq_lens` is a plain list that may be assigned to.
     """
 
     def __init__(self, batch_size, max_seq_len, num_heads, head_dim, *, dtype=np.float32):
@@ -634,15 +1760,9 @@ class LayerKVCache:
 
     def update(self, k, v, n_new=None):
         """Append T tokens, k and v (B, H, T, D), at each row's own length. A full row: ValueError, nothing written."""
-        heads = (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-        k, v = check_tokens("k", k, *heads), check_tokens("v", v, *heads)
-        if k.shape != v.shape:
-            raise ValueError(f"k brings {k.shape[2]} tokens and v {v.shape[2]}: they must be as many")
-        n_new = per_row("n_new", k.shape[2] if n_new is None else n_new, self.batch_size)
-        if max(n_new) > k.shape[2]:
-            raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({k.shape[2]})")
-        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)
-        check_room(lengths, n_new, self.max_seq_len)
+        sizes, lengths = (self.batch_size, self.num_heads, self.head_dim, self.dtype), self._lengths()
+        k, v = check_tokens("k", k, *sizes), check_tokens("v", v, *sizes)
+        n_new = check_chunk(k, v, n_new, lengths, self.max_seq_len)
         write_tokens(self.k_cache, k, lengths, n_new)
         write_tokens(self.v_cache, v, lengths, n_new)
         self.seq_lens = [length + count for length, count in zip(lengths, n_new)]
@@ -651,58 +1771,113 @@ class LayerKVCache:
         """Keys and values of one row: (H, len, D) each, read-only views."""
         if whole_number("row", row, least=0) >= self.batch_size:
             raise ValueError(f"row {row} is beyond the last, {self.batch_size - 1}")
-        views = [cache[row, :, : self.seq_lens[row]] for cache in (self.k_cache, self.v_cache)]
+        views = [array[row, :, : self._lengths()[row]] for array in (self.k_cache, self.v_cache)]
         for view in views:
             view.flags.writeable = False
         return tuple(views)
+
+    def reset(self):
+        """Empty again: no bytes, no lengths."""
+        self.k_cache[...], self.v_cache[...], self.seq_lens = 0, 0, [0] * self.batch_size
 
     @property
     def nbytes(self):
         """Bytes of both arrays."""
         return self.k_cache.nbytes + self.v_cache.nbytes
 
-    def reset(self):
-        """Empty again."""
-        self.k_cache[...] = 0
-        self.v_cache[...] = 0
-        self.seq_lens = [0] * self.batch_size
+    def _lengths(self):
+        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)  # anybody may have assigned to it
+        if max(lengths) > self.max_seq_len:
+            raise ValueError(f"seq_lens {lengths} are longer than max_seq_len={self.max_seq_len}")
+        return lengths
 
-# %%
+# %% [markdown]
+"""
+Write the body: queries from `x @ w_q`, cut into heads of D (the reshape is given), the mask, attention, `@ w_o`. Row b holds
+`lengths[b]` tokens; the T queries are its last T. `scaled_dot_product_attention(query, key, value, visible)` of
+lesson 12 shares heads by itself and gives a Tensor. If you write the formula out instead: `np.sqrt(8)` is a
+float64 scalar and makes every score float64; `8**0.5` does not.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-stateless", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
+def attend_last(query, cache, lengths):
+    """Attention of each row's last T tokens over all that the row holds: (B, H, T, D) -> (B, H, T, D), float32.
+
+    cache: a LayerKVCache, only read. lengths: tokens per row.
+    """
+    batch_size, seq_len = query.shape[0], query.shape[2]
+    key, value = cache.k_cache[:, :, : max(lengths)], cache.v_cache[:, :, : max(lengths)]
+    ### BEGIN SOLUTION
+    starts = [length - seq_len for length in lengths]
+    positions = next_positions(starts, [seq_len] * batch_size, seq_len)
+    visible = visible_mask(positions, slot_positions(lengths))
+    return scaled_dot_product_attention(query, key, value, visible).numpy()
+    ### END SOLUTION
+
+
 def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     """Attention of T tokens over a LayerKVCache that already holds them: (B, T, E) -> (B, T, embed_dim).
 
-    It reads the cache and writes nothing; the T queries are the last T tokens of each row, causal among themselves.
-    w_q (E, H*D) and w_o (H*D, embed_dim) multiply from the right. w_k and w_v made the keys and values that the
-    cache holds; they are part of the signature so that a layer is one tuple of weights, and are not used here.
+    Reads the cache and writes nothing; the T queries are the last T tokens of each row, causal among themselves.
+    w_q (E, H*D) and w_o (H*D, embed_dim) multiply from the right. w_k and w_v made the keys and values in the cache:
+    they belong to the layer's four weights and are not used again.
     """
     x = np.asarray(query_input.data if isinstance(query_input, Tensor) else query_input)
     batch_size, seq_len, _ = x.shape
     lengths = per_row("seq_lens", cache.seq_lens, cache.batch_size)
     if batch_size != cache.batch_size or min(lengths) < seq_len:
-        raise ValueError(f"{batch_size} rows of {seq_len} queries need a cache that holds them: seq_lens {lengths}")
-    starts = [length - seq_len for length in lengths]
-    visible = visible_mask(next_positions(starts, [seq_len] * batch_size, seq_len), slot_positions(lengths))
-    query = (x @ w_q).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
-    key, value = cache.k_cache[:, :, : max(lengths)], cache.v_cache[:, :, : max(lengths)]
-    mixed = scaled_dot_product_attention(query, key, value, visible).data
-    output = mixed.swapaxes(1, 2).reshape(batch_size, seq_len, -1) @ w_o  # (B, T, H*D) @ (H*D, E)
+        raise ValueError(f"{batch_size} rows of {seq_len} queries need a cache that holds these tokens, it has {lengths}")
+    query = (x @ np.asarray(w_q)).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
+    mixed = attend_last(query, cache, lengths).swapaxes(1, 2).reshape(batch_size, seq_len, -1)  # (B, T, H*D)
+    output = mixed @ np.asarray(w_o)
     return Tensor(output) if isinstance(query_input, Tensor) else output
+
+# %% nbgrader={"grade": true, "grade_id": "17-stateless-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_stateless(seq_len=2, seed=0):
+    """Oracle: slow_attention over each row alone, of which the last tokens are compared."""
+    rng, lengths = np.random.default_rng(seed), [5, 3]
+    w_q, w_o = rng.standard_normal((2, 32, 32), dtype=np.float32) / 5
+    x, cache = rng.standard_normal((2, seq_len, 32), dtype=np.float32), LayerKVCache(2, 8, 2, 8)
+    cache.update(*rng.standard_normal((2, 2, 2, 5, 8), dtype=np.float32), n_new=lengths)
+    before = cache.k_cache.copy()
+    got = multi_head_attention_with_cache(x, cache, w_q, None, None, w_o)
+    assert got.shape == (2, seq_len, 32), f"got shape {got.shape}, expected {(2, seq_len, 32)}"
+    assert got.dtype == np.float32, f"got {got.dtype}, expected float32: a float64 scalar promotes every score"
+    assert np.array_equal(cache.k_cache, before) and cache.seq_lens == lengths, "the cache was written; it is only read"
+    for row, length in enumerate(lengths):
+        query = np.zeros((1, 4, length, 8))
+        query[0, :, length - seq_len :] = (x[row] @ w_q).reshape(seq_len, 4, 8).swapaxes(0, 1)
+        key, value = cache.get_kv(row)
+        expected = slow_attention(query, key[None], value[None])[0, length - seq_len :] @ w_o
+        error = np.abs(got[row] - expected).max(axis=-1)
+        assert error.max() < 1e-4, (f"row {row}, per query: off by {error.round(3).tolist()}. The T queries are the row's last "
+                                    "tokens: is the mask aligned top-left, or are empty slots seen?")
+
+
+if __name__ == "__main__":
+    test_unit_stateless()
+
+### BEGIN HIDDEN TESTS
+if __name__ == "__main__":
+    test_unit_stateless(seq_len=1, seed=4)
+    test_unit_stateless(seq_len=3, seed=5)
+### END HIDDEN TESTS
 
 # %%
 #| export
 class IncrementalDecoder:
-    """A small decoder in plain NumPy on one LayerKVCache per layer: attention layers with residuals, nothing else."""
+    """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 
     def __init__(self, d_model, num_heads, num_layers, max_seq_len, vocab_size, rng=None):
         if d_model % num_heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
+            raise ValueError(f"d_model {d_model} does not divide into num_heads {num_heads} equal heads")
         self.d_model, self.num_heads, self.num_layers = d_model, num_heads, num_layers
         self.max_seq_len, self.vocab_size = max_seq_len, vocab_size
         rng = default_rng() if rng is None else rng
 
         def matrix(*shape):
-            return rng.standard_normal(shape, dtype=np.float32) / np.float32(d_model**0.5)
+            return rng.standard_normal(shape, dtype=np.float32) * d_model**-0.5
 
         self.token_table, self.position_table = matrix(vocab_size, d_model), matrix(max_seq_len, d_model)
         self.layers = [tuple(matrix(d_model, d_model) for _ in "qkvo") for _ in range(num_layers)]
@@ -710,30 +1885,237 @@ class IncrementalDecoder:
         self._init_caches(1)
 
     def _init_caches(self, batch_size):
-        """Fresh caches, one per layer, for `batch_size` rows; also kept as self.caches."""
-        head_dim = self.d_model // self.num_heads
-        self.caches = [
-            LayerKVCache(batch_size, self.max_seq_len, self.num_heads, head_dim) for _ in range(self.num_layers)
-        ]
+        """Fresh caches, one per layer, for `batch_size` rows; kept as self.caches."""
+        sizes = (batch_size, self.max_seq_len, self.num_heads, self.d_model // self.num_heads)
+        self.caches = [LayerKVCache(*sizes) for _ in range(self.num_layers)]
         return self.caches
 
     def forward_step(self, ids, caches=None, is_prefill=False):
         """Run the next tokens, ids (B, T) or (B,), through all layers: logits (B, vocab_size) of the last one.
 
-        is_prefill marks the call that brings a prompt; prompt and single token take the same path, so a
-        prefill equals the same tokens one by one.
+        is_prefill marks the call that brings a prompt. Prompt and single token take the same path, so a prefill
+        equals the same tokens one by one. A row without room: ValueError before any layer has stored a token.
         """
         caches = self.caches if caches is None else caches
         ids = np.asarray(ids)
         ids = ids if ids.ndim == 2 else ids.reshape(caches[0].batch_size, -1)
-        lengths, (batch_size, seq_len) = caches[0].seq_lens, ids.shape
+        lengths, (batch_size, seq_len) = list(caches[0].seq_lens), ids.shape
         check_room(lengths, [seq_len] * batch_size, self.max_seq_len)
-        positions = next_positions(lengths, [seq_len] * batch_size, seq_len)
-        x = self.token_table[ids] + self.position_table[positions]  # (B, T, E)
+        x = self.token_table[ids] + self.position_table[next_positions(lengths, [seq_len] * batch_size, seq_len)]
         for cache, (w_q, w_k, w_v, w_o) in zip(caches, self.layers):
-            key, value = (
-                (x @ w).reshape(batch_size, seq_len, self.num_heads, -1).swapaxes(1, 2) for w in (w_k, w_v)
-            )
-            cache.update(key, value)
+            heads = (batch_size, seq_len, self.num_heads, -1)
+            cache.update((x @ w_k).reshape(heads).swapaxes(1, 2), (x @ w_v).reshape(heads).swapaxes(1, 2))
             x = x + multi_head_attention_with_cache(x, cache, w_q, w_k, w_v, w_o)
         return x[:, -1] @ self.head
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-decoder", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    decoder, ids = IncrementalDecoder(32, 4, 2, 32, 50), np.random.default_rng(0).integers(0, 50, (3, 8))
+    at_once = decoder.forward_step(ids, decoder._init_caches(3), is_prefill=True)
+    caches = decoder._init_caches(3)
+    for column in ids.T:
+        one_by_one = decoder.forward_step(column, caches)
+    print(f"prefill and token by token differ by {np.abs(at_once - one_by_one).max():.1e}, logits {at_once.shape}")
+
+# %% [markdown]
+"""
+What serving still lacks, and where the course goes on:
+
+* **Eviction.** A conversation outgrows the memory: keep a window of the newest tokens and the first few, or those that
+  attention looks at. Lesson 22 does, and stores keys in 8 or 4 bits. `positions`, not slots, is what makes it possible.
+* **Paging.** Every row here reserves max_seq_len slots, used or not. Lesson 23 cuts memory into blocks and hands them out on
+  demand.
+* **Prefix sharing.** A thousand conversations begin with the same instructions. Lesson 23 stores them once.
+"""
+
+# %% [markdown]
+"""
+## 17. Mistakes and pictures
+
+How would you notice a mistake? Each one here replaces one of your functions by a version that looks right, and runs a
+prompt of 4 tokens and 3 single ones. Some raise an error. The worst only change the numbers: the model still talks.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-mistakes", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def late(store, new, lengths, n_new):
+    return write_tokens_right(store, new, [length + 1 for length in lengths], n_new)
+
+
+def hides_newest(query_pos, key_pos, window, sinks):
+    return visible_mask_right(query_pos, key_pos, window, sinks) & (key_pos[:, None] != query_pos[..., None])
+
+
+def mask_sign(query_pos, key_pos, window, sinks):
+    return ~visible_mask_right(query_pos, key_pos, window, sinks)
+
+
+def top_left(query_pos, key_pos, window, sinks):
+    return np.tril(np.ones((query_pos.shape[1], key_pos.shape[1]), bool))
+
+
+def restarting(lengths, n_new, seq_len):
+    return next_positions_right([0] * len(lengths), n_new, seq_len)
+
+
+def show_mistake(name, wrong):
+    """Swap one function for a wrong one, run, and say what comes of it."""
+    right, model, ids = globals()[name], random_gpt(), np.arange(1, 8)[None]
+    globals()[name + "_right"], globals()[name] = right, wrong
+
+    def run():
+        enable_kv_cache(model)
+        return np.concatenate([model(ids[:, :4]).numpy()] + [model(ids[:, t : t + 1]).numpy() for t in (4, 5, 6)], axis=1)
+
+    try:
+        problem = error_of(lambda: print(f"{wrong.__name__:>13}: largest error of each token's logits "
+                                         f"{np.abs(run() - slow_gpt(model, ids)).max(axis=(0, 2)).round(1)}"))
+    finally:
+        globals()[name] = right
+    if problem:
+        print(f"{wrong.__name__:>13}: raises {problem}")
+
+
+if __name__ == "__main__":
+    for name, wrong in [("write_tokens", late), ("visible_mask", hides_newest), ("visible_mask", mask_sign),
+                        ("visible_mask", top_left), ("next_positions", restarting)]:
+        show_mistake(name, wrong)
+
+# %% [markdown]
+"""
+Now a picture of the cache over time: which slots hold a token after each pass (`#` prompt, `o` generated, `.` empty), with
+the bytes that are in use.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-timeline", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_cache_over_time(prompts, steps):
+    """Prefill ragged prompts, decode some steps, and draw the slots of each row after every pass."""
+    model, width = random_gpt(), max(map(len, prompts))
+    cache, lengths = KVCache(len(prompts), width + steps, 3, 2, 8), [len(prompt) for prompt in prompts]
+    ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    logits = prefill(model, ids, cache, n_new=lengths).numpy()
+    token = logits[np.arange(len(prompts)), np.array(lengths) - 1].argmax(-1)
+    for step in range(steps + 1):
+        for row, (prompt_len, length) in enumerate(zip(lengths, cache.seq_lens)):
+            slots = "#" * prompt_len + "o" * (length - prompt_len)
+            used = f"{cache.get_memory_usage()['used_bytes']:,} of {cache.nbytes:,} bytes" if row == 0 else ""
+            print(f"{'pass ' + str(step) if row == 0 else '':<8} row {row}  {slots:.<{cache.capacity}}  {used}")
+        if step < steps:
+            token = model(token[:, None], cache=cache).numpy()[:, -1].argmax(-1)
+
+
+if __name__ == "__main__":
+    show_cache_over_time([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], steps=4)
+
+# %% [markdown]
+"""
+And of attention over the cached positions: how much the newest token of each pass looks at each key, head by head, in the
+last layer. The staircase is the cache growing by one.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-weights", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def cached_attention_weights(model, ids, layer_idx):
+    """Weights (T, H, T) of the newest token over the cached positions, when ids (T,) run one by one; NaN: no key yet."""
+    from tinytorch.core.attention import attention_weights
+
+    cache, rows = KVCache(1, len(ids), model.num_layers, model.num_kv_heads, model.blocks[0].attention.head_dim), []
+    attention, attend = model.blocks[layer_idx].attention, type(model.blocks[layer_idx].attention).attend
+
+    def recording(query, key, value, visible):
+        weights = attention_weights(query, key, visible).numpy()[0, :, 0]  # (H, S)
+        rows.append(np.pad(weights, ((0, 0), (0, len(ids) - weights.shape[1])), constant_values=np.nan))
+        return attend(attention, query, key, value, visible)
+
+    attention.attend = recording
+    try:
+        for token in ids:
+            model(np.array([[token]]), cache=cache)
+    finally:
+        del attention.attend
+    return np.array(rows)
+
+
+def plot_attention_over_cache(weights):
+    """One panel per head: passes downwards, cached positions to the right."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: head 0 as numbers\n", weights[:, 0].round(2))
+        return
+    figure, axes = plt.subplots(1, weights.shape[1], figsize=(12, 3), sharey=True, layout="constrained")
+    for head, axis in enumerate(axes):
+        axis.imshow(weights[:, head], vmin=0, vmax=1, cmap="cividis")
+        axis.set(title=f"head {head}", xlabel="position of the key", ylabel="pass" if head == 0 else "")
+    plt.show()
+
+
+if __name__ == "__main__":
+    weights = cached_attention_weights(random_gpt(), np.arange(1, 13), layer_idx=2)
+    print("each row sums to one:", bool(np.allclose(np.nansum(weights, axis=-1), 1, atol=1e-5)))
+    plot_attention_over_cache(weights)
+
+# %% [markdown]
+"""
+## 18. The end
+
+The module test runs every check, and then one story from beginning to end: ragged prompts, chunks, beam search's
+reorder, a rollback, a full cache, a second model.
+"""
+
+# %% nbgrader={"grade": true, "grade_id": "17-module-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def test_scenario():
+    """Oracles: slow_gpt on each row alone, and a second model that must not notice anything."""
+    model, other, ids = random_gpt(), random_gpt(seed=1), np.random.default_rng(4).integers(1, 64, (2, 6))
+    before = other(ids).numpy()
+    cache = KVCache(2, 9, 3, 2, 8)
+    prefill(model, ids, cache, chunk=4, n_new=[6, 4])
+    model(np.array([[7], [8]]), cache=cache)
+    cache.reorder([1, 0])
+    cache.rollback([1, 0])
+    assert cache.seq_lens == [4, 7], f"reorder and rollback: lengths {cache.seq_lens}, expected [4, 7]"
+    got = model(np.array([[9], [9]]), cache=cache).numpy()[:, -1]
+    for row, tokens in enumerate([[*ids[1, :4], 9], [*ids[0], 7, 9]]):
+        error = np.abs(got[row] - slow_gpt(model, [tokens])[0, -1]).max()
+        assert error < 1e-3, f"row {row} differs from its own run by {error:.4f}"
+    assert cache.get(0)[0].numpy()[0, :, 5:].any() == False, "row 0 holds 5 tokens: its other slots must be zero"  # noqa: E712
+    model(np.array([[1], [1]]), cache=cache)
+    message = error_of(lambda: model(np.array([[2], [2]]), cache=cache))
+    assert "max_seq_len" in message and cache.seq_lens == [6, 9], f"row 1 is full: lengths {cache.seq_lens}, said {message!r}"
+    assert np.array_equal(other(ids).numpy(), before), "a second model changed when the first used a cache"
+    assert KVCache.from_config(KNOWN_MODELS["GPT-2"]).nbytes == KNOWN_MODELS["GPT-2"].calculate_size(), "predicted bytes"
+
+
+def test_module():
+    """Every check of this lesson, then the story."""
+    for check in (test_unit_count_rows, test_unit_predict_bytes, test_unit_bytes, test_unit_write, test_unit_slots,
+                  test_unit_room, test_unit_ledger, test_unit_cache, test_unit_attention,
+                  test_unit_ends, test_unit_join, test_unit_equal, test_unit_prefill, test_unit_rows, test_unit_failed_pass,
+                  test_unit_training, test_unit_stateless, test_scenario):
+        check()
+        print(f"{check.__name__:<26} holds")
+
+
+if __name__ == "__main__":
+    test_module()
+
+# %% [markdown]
+"""
+**In five lines.** Under a causal mask, keys and values of the past never change, so they are stored once. A pass is
+a transaction: every layer updates, then one advance. Attention asks for positions, never for slots. Per token the
+work falls from the whole text to one row; memory is the price, 2 * L * H_kv * D numbers per token. And what is not a
+token is zero.
+
+**Exercises.** (1) Make `enable_kv_cache(model, dtype=np.float16)` and measure both error and speed. (2) Prefill in chunks
+of 1, 8 and 64, measure, and explain the optimum. (3) Store four prompts of one prefix: how many bytes are double?
+"""
+
+# %% [markdown]
+"""
+**A design note.** Our store reserves max_seq_len slots per row. The authors of vLLM measured what that costs in
+serving systems that did the same: between 20.4 % and 38.2 % of the cache memory held the state of tokens, the rest was
+reserved or fragmented (Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*,
+SOSP 2023, section 1 and figure 2). Their answer is paging: blocks, a table per row, and attention that reads through the table.
+What we have is faster to read (one slice), simpler, and wasteful. Lesson 23 builds the other.
+
+**What breaks next.** A conversation longer than max_seq_len. The cache is full and says so, and truncate forgets the wrong
+end: the newest. Lesson 22 forgets the oldest.
+"""

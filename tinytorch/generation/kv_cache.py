@@ -1,6 +1,62 @@
-"""Lesson 17: memoization. (Extracted by hand; the build overwrites this file.)"""
+"""Memoization: the KV cache: keys and values computed once, and a GPT that reads them instead.
+
+Lesson 17_memoization. Built from src/17_memoization/17_memoization.py by `tito dev build`: change it there, not here.
+"""
+
+__all__ = [
+    "random_gpt",
+    "profile_naive_generation",
+    "token_rows",
+    "kv_cache_bytes",
+    "whole_number",
+    "storage_dtype",
+    "KVCacheConfig",
+    "KNOWN_MODELS",
+    "write_tokens",
+    "next_positions",
+    "slot_positions",
+    "check_room",
+    "per_row",
+    "check_tokens",
+    "check_chunk",
+    "CacheStateError",
+    "CacheLedger",
+    "KVStore",
+    "CacheRows",
+    "KVView",
+    "KVCache",
+    "StandIn",
+    "CachedAttention",
+    "CountingPositions",
+    "CommittingNorm",
+    "original",
+    "end_parts",
+    "attention_parts",
+    "require_parts",
+    "attach",
+    "put_parts",
+    "attached",
+    "create_kv_cache",
+    "enable_kv_cache",
+    "disable_kv_cache",
+    "run_in_chunks",
+    "prefill",
+    "generation_flops",
+    "analyze_kvcache_speedup",
+    "memory_analysis",
+    "memory_growth_table",
+    "analyze_kvcache_memory",
+    "clear_slots",
+    "gather_rows",
+    "LayerKVCache",
+    "attend_last",
+    "multi_head_attention_with_cache",
+    "IncrementalDecoder",
+]
 
 
+# %% cell 2
+# One contract, one file: longer than its neighbours, so that a reader of KVCache finds everything that it keeps.
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,45 +68,87 @@ from tinytorch.core.attention import scaled_dot_product_attention, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.layers import Module
 from tinytorch.core.tensor import Tensor, cat, default_rng
-try:
-    from tinytorch.profiling.profiler import MemoryTracker
-except ImportError:  # until lesson 14 is built
-    MemoryTracker = None
+from tinytorch.models.transformer import GPT
+from tinytorch.profiling.profiler import MemoryTracker, measure_latency
 
 
+# %% cell 4
+def random_gpt(vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, max_seq_len=64, num_kv_heads=2, seed=0):
+    """A GPT in eval mode whose parameters all differ, and are large enough that a mistake shows in the logits."""
+    rng = np.random.default_rng(seed)
+    model = GPT(vocab_size, embed_dim, num_layers, num_heads, max_seq_len, num_kv_heads, rng=rng)
+    for parameter in model.parameters():
+        noise = rng.standard_normal(parameter.shape, dtype=np.float32)
+        parameter.data[...] = 0.2 * noise if parameter.ndim > 1 else parameter.data + 0.2 * noise
+    return model.eval()
+
+
+def profile_naive_generation(model=None, lengths=(32, 64, 128, 256), repeats=5):
+    """Measure one round of generation without a cache at several lengths; print and return (length, seconds).
+
+    A round runs all tokens so far to get the logits of the last one. model: a GPT (default: 4 layers, 128 wide).
+    The printed ratio compares each round with the first.
+    """
+    model = random_gpt(256, 128, 4, 4, max(lengths), num_kv_heads=4) if model is None else model
+    ids = np.arange(max(lengths)) % model.vocab_size
+    print("tokens so far   ms for the next token   ratio")
+    rows = []
+    for length in lengths:
+        with no_grad():
+            rows.append((length, measure_latency(lambda n=length: model(ids[:n]), repeats=repeats)))
+        print(f"{length:>13} {1e3 * rows[-1][1]:>23.2f} {rows[-1][1] / rows[0][1]:>7.1f}")
+    return rows
+
+
+# %% cell 7 (17-count-rows)
+def token_rows(prompt_len, max_new_tokens, cached):
+    """Token rows that pass through the model while it generates.
+
+    >>> token_rows(3, 4, cached=False), token_rows(3, 4, cached=True)
+    (18, 6)
+    """
+    if max_new_tokens == 0:
+        return 0
+    if cached:
+        return prompt_len + max_new_tokens - 1
+    return sum(prompt_len + i for i in range(max_new_tokens))
+
+
+# %% cell 15 (17-bytes)
 def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
-    """Bytes of the keys and values of `num_tokens` tokens (batch rows and positions together).
+    """Bytes of the keys and values of `num_tokens` tokens (of all rows of a batch together).
 
-    >>> kv_cache_bytes(num_layers=12, num_kv_heads=12, head_dim=64, num_tokens=1, itemsize=2)  # GPT-2, float16
+    >>> kv_cache_bytes(num_layers=12, num_kv_heads=12, head_dim=64, num_tokens=1, itemsize=2)
     36864
     """
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * itemsize
 
 
+# %% cell 18
 def whole_number(name, value, least=1):
-    """`value` as an int, or a ValueError that names the field (True and 2.0 are not whole numbers here)."""
+    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
 
 
 def storage_dtype(dtype):
-    """float16, float32 or float64 as a NumPy dtype; anything else is a ValueError that names the field."""
+    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
     try:
-        found = np.dtype(dtype) if dtype is not None else None
+        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
+            return np.dtype(dtype)
     except TypeError:
-        found = None
-    if found not in (np.dtype("float16"), np.dtype("float32"), np.dtype("float64")):
-        raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-    return found
+        pass  # not a dtype at all: the same message
+    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
 
 
+# %% cell 19
 @dataclass(frozen=True)
 class KVCacheConfig:
     """The sizes of a cache, and from them its bytes, before anything is allocated.
 
-    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size() // 2**20
-    512
+    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
+    536870912
     """
 
     num_layers: int
@@ -62,51 +160,35 @@ class KVCacheConfig:
 
     def __post_init__(self):
         for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
-            whole_number(name, getattr(self, name))
-        storage_dtype(self.dtype)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
 
     def calculate_size(self):
         """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
-        tokens = int(self.batch_size) * int(self.max_context_length)
-        itemsize = storage_dtype(self.dtype).itemsize
-        return kv_cache_bytes(int(self.num_layers), int(self.num_kv_heads), int(self.head_dim), tokens, itemsize)
+        tokens = self.batch_size * self.max_context_length
+        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
 
 
-class CacheStateError(ValueError):
-    """The calls came in an order that no forward pass makes."""
+KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
+    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
+    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
+    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
+    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
+    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
+}
 
 
-class KVView(NamedTuple):
-    """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
-
-    key: Any
-    value: Any
-    pos: Any
-
-
+# %% cell 21 (17-write)
 def write_tokens(store, new, lengths, n_new):
-    """Write each row's first n_new tokens behind the tokens that the row holds, in place.
+    """Write each row's first n_new tokens behind those that the row holds, in place.
 
-    store (B, H, S, D), new (B, H, T, D), lengths and n_new: one number per row.
+    store (B, H, S, D), new (B, H, T, D); lengths and n_new are lists with one number per row.
     """
-    if len(set(lengths)) == 1 and len(set(n_new)) == 1:  # all rows stand at one length: one slice
-        start, count = lengths[0], n_new[0]
-        store[:, :, start : start + count] = new[:, :, :count]
-        return
     for row, (start, count) in enumerate(zip(lengths, n_new)):
         store[row, :, start : start + count] = new[row, :, :count]
 
 
-def slot_positions(lengths):
-    """The position of the token in each slot, -1 where the row has none: (B, S), S the longest row.
-
-    >>> slot_positions([3, 1]).tolist()
-    [[0, 1, 2], [0, -1, -1]]
-    """
-    slots = np.arange(max(lengths))
-    return np.where(slots < np.array(lengths)[:, None], slots, -1)
-
-
+# %% cell 24 (17-slots)
 def next_positions(lengths, n_new, seq_len):
     """The positions of the next tokens: (B, T), T = seq_len; -1 for padding beyond a row's n_new.
 
@@ -117,17 +199,28 @@ def next_positions(lengths, n_new, seq_len):
     return np.where(steps < np.array(n_new)[:, None], np.array(lengths)[:, None] + steps, -1)
 
 
+def slot_positions(lengths):
+    """The position of the token in each slot, -1 where the row has none: (B, S), S the length of the longest row.
+
+    >>> slot_positions([3, 1]).tolist()
+    [[0, 1, 2], [0, -1, -1]]
+    """
+    slots = np.arange(max(lengths))
+    return np.where(slots < np.array(lengths)[:, None], slots, -1)
+
+
+# %% cell 27 (17-room)
 def check_room(lengths, n_new, max_seq_len):
-    """ValueError, before a byte is written, when a row has no room for its new tokens."""
+    """ValueError when a row has no room for its new tokens; it names max_seq_len, tokens stored, asked for and free."""
     for row, (stored, asked) in enumerate(zip(lengths, n_new)):
         if stored + asked > max_seq_len:
             raise ValueError(
-                f"the cache is full: row {row} holds {stored} tokens of max_seq_len={max_seq_len}, "
-                f"{asked} more were asked for and {max_seq_len - stored} are free. "
-                "Make a longer cache, or reset, truncate or roll back this one."
+                f"the cache is full: row {row} holds {stored} tokens of max_seq_len={max_seq_len}, {asked} more "
+                f"were asked for, {max_seq_len - stored} are free. Make a longer cache, or reset or roll back this one."
             )
 
 
+# %% cell 30
 def per_row(name, value, batch_size):
     """One whole number per row, as a list; a single number counts for every row."""
     values = value.tolist() if isinstance(value, np.ndarray) else value
@@ -143,8 +236,7 @@ def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must hold numbers, got {array.dtype}")
     needed = (batch_size, num_heads, "T >= 1", head_dim)
-    fits = array.ndim == 4 and array.shape[:2] == needed[:2] and array.shape[2] >= 1 and array.shape[3] == head_dim
-    if not fits:
+    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
         raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
     with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
         array = array.astype(dtype, copy=False)
@@ -153,11 +245,28 @@ def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
     return array
 
 
+def check_chunk(key, value, n_new, lengths, max_seq_len):
+    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
+    seq_len = key.shape[2]
+    if value.shape[2] != seq_len:
+        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
+    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
+    if max(n_new) > seq_len:
+        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
+    check_room(lengths, n_new, max_seq_len)
+    return n_new
+
+
+# %% cell 32 (17-ledger)
+class CacheStateError(ValueError):
+    """The calls came in an order that no forward pass makes."""
+
+
 class CacheLedger:
     """Which tokens are committed and which are pending. It counts; it holds no arrays.
 
-    lengths: committed tokens per row. n_new, seq_len, written: what the open pass adds to each row, the width
-    T of its chunk, and the layers that have written it. No layer written: no pass is open.
+    lengths: committed tokens per row. The open pass: `written`, the layers that have written it (none: no pass is
+    open), `n_new`, what it adds to each row, and `seq_len`, the width T of its chunk.
     """
 
     def __init__(self, batch_size):
@@ -169,47 +278,26 @@ class CacheLedger:
         self.n_new, self.seq_len, self.written, self.failed = [0] * len(self.lengths), 0, set(), False
 
     def claim(self, layer_idx, n_new, seq_len):
-        """Let one layer write: it opens a pass or joins the open one, once, with the same tokens as the others."""
+        """Let one layer write: it opens a pass or joins the open one. CacheStateError for a second time or other tokens."""
         if layer_idx in self.written:
-            raise CacheStateError(
-                f"layer {layer_idx} was updated twice in one pass: call advance() after the last layer, "
-                "or abandon() when the forward pass failed"
-            )
+            raise CacheStateError(f"layer {layer_idx} was updated twice in one pass: advance() comes after the last layer")
         if self.written and (n_new, seq_len) != (self.n_new, self.seq_len):
-            raise CacheStateError(
-                f"layers disagree: layer {layer_idx} brings {n_new} new tokens per row in a chunk of {seq_len}, "
-                f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}"
-            )
+            raise CacheStateError(f"layers disagree: layer {layer_idx} brings {n_new} tokens per row in a chunk of {seq_len}, "
+                                  f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}")
         self.n_new, self.seq_len = n_new, seq_len
         self.written.add(layer_idx)
 
     def commit(self):
-        """Count the pending tokens as stored."""
+        """Count what is pending as stored, and close the pass. CacheStateError when nothing is pending."""
         if not self.written:
             raise CacheStateError("advance() with nothing pending: update() every layer first, then advance() once")
         self.lengths = [length + count for length, count in zip(self.lengths, self.n_new)]
         self.close_pass()
 
 
-class KVCache:
-    """The keys and values of every token so far, for every layer; a forward pass is a transaction.
-
-    `update` writes a layer's new tokens behind the committed ones, `advance` commits them for all layers. A call
-    that raises changes nothing. A pass that was never committed is void: abandon() drops it, and so does the
-    next update of a layer that it had written, if an update was refused for its data in between.
-    What is not a token is zero, in every layer and slot. num_heads counts the heads that are stored (num_kv_heads).
-    For inference only: no gradient flows into or out of the cache.
-
-    >>> cache = KVCache(batch_size=1, max_seq_len=8, num_layers=1, num_heads=2, head_dim=4)
-    >>> key, value, pos = cache.update(0, np.ones((1, 2, 3, 4)), np.ones((1, 2, 3, 4)))
-    >>> key.shape, cache.seq_pos
-    ((1, 2, 3, 4), 0)
-    >>> cache.advance()
-    >>> cache.seq_pos, cache.nbytes
-    (3, 512)
-    """
-
-    window, sinks = None, 0  # what visible_mask needs to know; a later cache slides a window
+# %% cell 35
+class KVStore:
+    """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
 
     def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
                  dtype=np.float32, strict=False, tracker=None):
@@ -217,22 +305,21 @@ class KVCache:
                      num_heads=num_heads, head_dim=head_dim)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.dtype, self.strict = storage_dtype(dtype), bool(strict)
-        self._tracker, self._allocation = tracker, None
-        if tracker is not None:
-            self._allocation = tracker.allocate("kv_cache", self.config.calculate_size())
-        shape = (self.num_layers, 2, self.batch_size, self.num_heads, self.max_seq_len, self.head_dim)
-        self._hold(np.zeros(shape, self.dtype))
+        self.dtype, self.strict, self._tracker = storage_dtype(dtype), bool(strict), tracker
+        size = self.config.calculate_size()
+        self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
+        self._make_store()
         self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
 
-    def _hold(self, store):
-        self._store = store
-        self._readable = store.view()  # the same bytes; whatever is sliced from it cannot be written to
+    def _make_store(self):
+        shape = (self.num_layers, 2, self.batch_size, self.num_heads, self.max_seq_len, self.head_dim)
+        self._store = np.zeros(shape, self.dtype)
+        self._readable = self._store.view()
         self._readable.flags.writeable = False
 
     @classmethod
     def from_config(cls, config, tracker=None, strict=False):
-        """A cache of the sizes of a KVCacheConfig; its bytes are counted by `tracker` until close()."""
+        """A cache of the sizes of a KVCacheConfig. `tracker` (a MemoryTracker) counts its bytes until close()."""
         return cls(config.batch_size, config.max_context_length, config.num_layers, config.num_kv_heads,
                    config.head_dim, dtype=config.dtype, strict=strict, tracker=tracker)
 
@@ -242,7 +329,113 @@ class KVCache:
         return KVCacheConfig(self.num_layers, self.max_seq_len, self.num_heads, self.head_dim,
                              self.batch_size, self.dtype)
 
-    # ---- what is in it
+    @property
+    def capacity(self):
+        """Tokens that one row can hold."""
+        return self.max_seq_len
+
+    @property
+    def nbytes(self):
+        """Bytes of the store, full or empty."""
+        return self._store.nbytes
+
+    def get_memory_usage(self):
+        """Bytes allocated, and bytes that hold tokens; MB are 2**20 bytes."""
+        used = kv_cache_bytes(self.num_layers, self.num_heads, self.head_dim, sum(self.seq_lens), self.dtype.itemsize)
+        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
+                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name}
+
+    def close(self):
+        """Give the memory back, to the tracker as well: a cache without room. A second call does nothing."""
+        allocation, self._allocation = self._allocation, None
+        if allocation is not None:
+            allocation.close()
+        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
+        self._make_store()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+# %% cell 36
+class CacheRows:
+    """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
+
+    Each of these drops what is pending first, and changes nothing when it raises.
+    """
+
+    def truncate(self, lengths):
+        """Keep only the first tokens of each row; one length for all rows, or one per row."""
+        stored, kept = self._ledger.lengths, per_row("lengths", lengths, self.batch_size)
+        for row, (have, keep) in enumerate(zip(stored, kept)):
+            if keep > have:
+                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+        self.abandon()
+        clear_slots(self._store, kept, stored)
+        self._ledger.lengths = kept
+
+    def rollback(self, n):
+        """Forget the n newest tokens; one number for all rows, or one per row."""
+        stored, newest = self._ledger.lengths, per_row("n", n, self.batch_size)
+        for row, (have, lose) in enumerate(zip(stored, newest)):
+            if lose > have:
+                raise ValueError(f"row {row} holds {have} tokens: it cannot forget {lose}")
+        self.truncate([have - lose for have, lose in zip(stored, newest)])
+
+    def reorder(self, row_indices):
+        """Row r becomes what row row_indices[r] was. A row may be named twice: beam search keeps the best beams."""
+        rows = per_row("row_indices", row_indices, self.batch_size)
+        if max(rows) >= self.batch_size:
+            raise ValueError(f"row_indices {rows}: the last row is {self.batch_size - 1}")
+        self.abandon()
+        gather_rows(self._store[..., : self.seq_pos, :], rows)
+        self._ledger.lengths = [self._ledger.lengths[row] for row in rows]
+
+    def clone(self):
+        """An independent copy of what is committed."""
+        twin = type(self).from_config(self.config, self._tracker, self.strict)
+        for row, length in enumerate(self.seq_lens):
+            twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]
+        twin._ledger.lengths = self.seq_lens
+        return twin
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
+
+# %% cell 38 (17-cache)
+class KVView(NamedTuple):
+    """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
+
+    key: Any
+    value: Any
+    pos: Any
+
+
+class KVCache(KVStore, CacheRows):
+    """The keys and values of every token so far, for every layer. A forward pass is a transaction.
+
+    `update` writes one layer's new tokens behind the committed ones; `advance` commits them for all layers. A call
+    that raises changes nothing. What is not a token is zero, in every layer and slot. num_heads counts the heads
+    that are stored (num_kv_heads). For inference only: no gradient flows into the cache or out of it.
+
+    A pass that failed: abandon() drops what is pending. So does the next update of a layer that was already
+    written, if an update was refused for its data in between; without that, a second update is CacheStateError.
+
+    >>> cache = KVCache(batch_size=1, max_seq_len=8, num_layers=1, num_heads=2, head_dim=4)
+    >>> key, value, pos = cache.update(0, np.ones((1, 2, 3, 4)), np.ones((1, 2, 3, 4)))
+    >>> key.shape, pos.tolist(), cache.seq_pos
+    ((1, 2, 3, 4), [[0, 1, 2]], 0)
+    >>> cache.advance()
+    >>> cache.seq_pos, cache.nbytes
+    (3, 512)
+    """
+
+    window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
+
     @property
     def seq_lens(self):
         """Committed tokens of each row, as a list."""
@@ -253,168 +446,75 @@ class KVCache:
         """Committed tokens of the longest row."""
         return max(self._ledger.lengths)
 
-    @property
-    def capacity(self):
-        """Tokens that a row can hold."""
-        return self.max_seq_len
-
-    @property
-    def nbytes(self):
-        """Bytes of the arrays, full or empty."""
-        return self._store.nbytes
-
-    def get_memory_usage(self):
-        """Bytes allocated and used; MB are 2**20 bytes."""
-        used = sum(self._ledger.lengths) * self._store.nbytes // max(1, self.batch_size * self.max_seq_len)
-        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
-                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name}
-
-    # ---- one forward pass
     def positions(self, n_new, seq_len=None):
         """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
         n_new = per_row("n_new", n_new, self.batch_size)
-        seq_len = max(n_new) if seq_len is None else seq_len
-        return next_positions(self._ledger.lengths, n_new, seq_len)
+        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
 
     def update(self, layer_idx, key, value, n_new=None):
         """Store T >= 1 new tokens of one layer; return all that they may look at, themselves included.
 
-        key, value (B, H_kv, T, D); n_new: valid tokens of each row where the chunk is padded on the right.
-        The KVView is read-only and shares memory with the cache. Errors: ValueError for what does not fit,
-        CacheStateError for a call out of order; both before a byte is written.
+        key, value (B, H_kv, T, D); n_new: the valid tokens of each row where the chunk is padded on the right.
+        The KVView is read-only and shares memory with the cache. ValueError for what does not fit,
+        CacheStateError for a call out of order, both before a byte is written.
         """
-        with self._lock:
+        with self._lock:  # other layers may be updated from other threads
             layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
-            lengths = self._ledger.lengths
-        write_tokens(self._store[layer_idx, 0], key, lengths, n_new)
-        write_tokens(self._store[layer_idx, 1], value, lengths, n_new)
-        visible = [length + count for length, count in zip(lengths, n_new)]
+        stored = self._ledger.lengths
+        write_tokens(self._store[layer_idx, 0], key, stored, n_new)
+        write_tokens(self._store[layer_idx, 1], value, stored, n_new)
+        visible = [length + count for length, count in zip(stored, n_new)]
         return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
 
     def advance(self):
-        """Commit what every layer has written. A layer that was skipped holds zeros; strict=True refuses that."""
+        """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
         skipped = sorted(set(range(self.num_layers)) - self._ledger.written)
-        if self.strict and skipped and len(skipped) < self.num_layers:
+        if self.strict and 0 < len(skipped) < self.num_layers:
             raise CacheStateError(f"advance() before layers {skipped} were updated (strict=True)")
         self._ledger.commit()
 
     def abandon(self):
-        """Drop what is pending: the forward pass that wrote it has failed. Without a pending pass, nothing."""
+        """Drop what is pending: the pass that wrote it has failed. Nothing happens when nothing is pending."""
         ledger = self._ledger
         if ledger.written:
-            self._clear(ledger.lengths, [length + n for length, n in zip(ledger.lengths, ledger.n_new)])
+            clear_slots(self._store, ledger.lengths, [old + new for old, new in zip(ledger.lengths, ledger.n_new)])
         ledger.close_pass()
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as read-only Tensors."""
         return self._read(self._layer(layer_idx), self.seq_pos)
 
-    # ---- the newest tokens, rows, copies
-    def truncate(self, lengths):
-        """Keep the first tokens of each row: one length for all rows, or one per row. Drops what is pending."""
-        stored, kept = self._ledger.lengths, per_row("lengths", lengths, self.batch_size)
-        for row, (have, keep) in enumerate(zip(stored, kept)):
-            if keep > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
-        self.abandon()
-        self._clear(kept, stored)
-        self._ledger.lengths = kept
-
-    def rollback(self, n):
-        """Forget the n newest tokens: of all rows, or one number per row. Drops what is pending."""
-        stored, gone = self._ledger.lengths, per_row("n", n, self.batch_size)
-        for row, (have, lose) in enumerate(zip(stored, gone)):
-            if lose > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot roll back {lose}")
-        self.truncate([have - lose for have, lose in zip(stored, gone)])
-
-    def reorder(self, row_indices):
-        """Row r becomes what row row_indices[r] was; rows may repeat. Drops what is pending."""
-        rows = per_row("row_indices", row_indices, self.batch_size)
-        if max(rows) >= self.batch_size:
-            raise ValueError(f"row_indices {rows} name rows beyond the last, {self.batch_size - 1}")
-        self.abandon()
-        used = self._store[..., : self.seq_pos, :]
-        used[...] = used[:, :, rows]
-        self._ledger.lengths = [self._ledger.lengths[row] for row in rows]
-
-    def clone(self):
-        """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, self._tracker, self.strict)
-        for row, length in enumerate(self._ledger.lengths):
-            twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]
-        twin._ledger.lengths = self.seq_lens
-        return twin
-
-    def __deepcopy__(self, memo):
-        return self.clone()
-
     def reset(self):
-        """Empty again: no tokens, every byte zero, nothing pending."""
+        """Empty again: no bytes, no lengths, nothing pending."""
         self._store[...] = 0
         self._ledger = CacheLedger(self.batch_size)
 
-    # ---- life and model
-    def close(self):
-        """Give the memory back, to the tracker as well; the cache has no room any more. A second call does nothing."""
-        allocation, self._allocation = self._allocation, None
-        if allocation is not None:
-            allocation.close()
-        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
-        self._hold(np.zeros((self.num_layers, 2, self.batch_size, self.num_heads, 0, self.head_dim), self.dtype))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    @contextmanager
     def attached_to(self, model, n_new=None):
-        """Within the block the model runs on this cache; afterwards its very same parts are back.
-
-        n_new: valid tokens per row of the one padded chunk that is run in the block. A block that is left by
-        an exception drops what is pending.
-        """
-        replaced = attach(model, self, n_new)
-        try:
-            yield self
-        except BaseException:
-            self.abandon()
-            raise
-        finally:
-            put_parts(replaced)
+        """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
+        return attached(model, self, n_new)
 
     def __repr__(self):
-        return (f"{type(self).__name__}(batch_size={self.batch_size}, max_seq_len={self.max_seq_len}, "
-                f"num_layers={self.num_layers}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
-                f"dtype={self.dtype.name}, seq_lens={self.seq_lens})")
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
+                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
+        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
 
-    # ---- inside
     def _accept(self, layer_idx, key, value, n_new):
-        """All that an update can be refused for; the arrays in storage dtype and n_new per row when it is not."""
+        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
+        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
         try:
             layer_idx = self._layer(layer_idx)
-            heads = (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-            key, value = check_tokens("key", key, *heads), check_tokens("value", value, *heads)
-            seq_len = key.shape[2]
-            if value.shape[2] != seq_len:
-                raise ValueError(f"key brings {seq_len} tokens and value {value.shape[2]}: they must be as many")
-            n_new = per_row("n_new", seq_len if n_new is None else n_new, self.batch_size)
-            if max(n_new) > seq_len:
-                raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
-            check_room(self._ledger.lengths, n_new, self.max_seq_len)
+            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
+            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
         except ValueError:
-            self._ledger.failed = bool(self._ledger.written)
+            ledger.failed = bool(ledger.written)  # the open pass will not be finished: it may be started anew
             raise
-        if self._ledger.failed and layer_idx in self._ledger.written:
+        if ledger.failed and layer_idx in ledger.written:
             self.abandon()
-        self._ledger.claim(layer_idx, n_new, seq_len)
+        ledger.claim(layer_idx, n_new, key.shape[2])
         return layer_idx, key, value, n_new
 
     def _layer(self, layer_idx):
-        whole_number("layer_idx", layer_idx, least=0)
-        if layer_idx >= self.num_layers:
+        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
             raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
         return int(layer_idx)
 
@@ -422,19 +522,10 @@ class KVCache:
         key, value = self._readable[layer_idx, :, :, :, :num_slots]
         return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
-    def _clear(self, starts, stops):
-        """What is not a token is zero: this makes slots start .. stop of each row so."""
-        for row, (start, stop) in enumerate(zip(starts, stops)):
-            self._store[:, :, row, :, start:stop] = 0
 
-
-def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
-    """A KVCache of these sizes; options are those of KVCache (dtype, strict, tracker)."""
-    return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
-
-
+# %% cell 43
 class StandIn(Module):
-    """A part of a model that stands in for another: same parameters under the same names, same attributes."""
+    """A part of a model that stands in for another: the same parameters under the same names, the same attributes."""
 
     def __init__(self, part, cache, n_new=None):
         self.part, self.cache, self.n_new = part, cache, n_new
@@ -453,58 +544,75 @@ class StandIn(Module):
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
 
+# %% cell 45 (17-attention)
 class CachedAttention(StandIn):
-    """Attention with one cache.update between project and attend. In training mode: the attention it stands for."""
+    """Attention with one cache.update between project and attend; in training mode, the attention it stands for."""
 
     def __init__(self, attention, cache, layer_idx, n_new=None):
         super().__init__(attention, cache, n_new)
         self.layer_idx = layer_idx
 
     def forward(self, x, mask=None):
+        """x (B, T, E), the new tokens only -> (B, T, E)."""
+        if mask is not None and not self.training:
+            raise NotImplementedError("a cached forward makes its mask from positions and takes no other")
         if self.training:
             return self.part(x, mask)
-        if mask is not None:
-            raise NotImplementedError("a cached forward makes its mask from positions; it takes no other")
-        query, key, value = self.part.project(x)  # of the T new tokens only
+        query, key, value = self.part.project(x)
         positions = self.positions(x.shape[1])
-        key, value, pos = self.cache.update(self.layer_idx, key, value, self.n_new)
-        visible = visible_mask(positions, pos, self.cache.window, self.cache.sinks)
+        key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
+        visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         return self.part.merge(self.part.attend(query, key, value, visible))
 
 
+# %% cell 49 (17-ends)
 class CountingPositions(StandIn):
-    """A position embedding that counts on from the cached tokens. It is where a cached forward pass begins."""
+    """A position embedding that counts on from the cached tokens. A cached forward pass begins here."""
 
     def forward(self, x, positions=None):
+        """x (B, T, E), the new tokens -> (B, T, E) with the rows of their positions added."""
         if self.training:
             return self.part(x, positions)
-        self.cache.abandon()  # what a failed pass has left
+        self.cache.abandon()
         if positions is None:
-            positions = np.maximum(self.positions(x.shape[1]), 0)  # padding may take any row of the table
+            positions = np.maximum(self.positions(x.shape[1]), 0)
         return self.part(x, positions)
 
 
 class CommittingNorm(StandIn):
-    """The norm after the last block. It is where a cached forward pass ends: all layers have written, commit."""
+    """The norm after the last block. A cached forward pass ends here: all layers have written, commit."""
 
     def forward(self, x):
+        if self.training:
+            return self.part(x)
         y = self.part(x)
-        if not self.training:
-            self.cache.advance()
+        self.cache.advance()
         return y
 
 
+# %% cell 52 (17-join)
 def original(part):
-    """The part that a stand-in stands for; any other part itself."""
+    """The part that a stand-in stands for; any other part is itself."""
     return part.part if isinstance(part, StandIn) else part
 
 
-def put_parts(parts):
-    """Set each (owner, name, part)."""
-    for owner, name, part in parts:
-        setattr(owner, name, part)
+def end_parts(model, cache, n_new=None):
+    """The stand-ins at both ends of the model, as (owner, attribute name, stand-in)."""
+    return [
+        (model, "position_embedding", CountingPositions(original(model.position_embedding), cache, n_new)),
+        (model, "norm", CommittingNorm(original(model.norm), cache, n_new)),
+    ]
 
 
+def attention_parts(model, cache, n_new=None):
+    """One CachedAttention per block, as (block, "attention", stand-in): its own attention, its own layer number."""
+    return [
+        (block, "attention", CachedAttention(original(block.attention), cache, layer_idx, n_new))
+        for layer_idx, block in enumerate(model.blocks)
+    ]
+
+
+# %% cell 54
 def require_parts(model):
     """AttributeError that names everything that the model lacks for a cache."""
     needed = ("embed_dim", "num_layers", "num_heads", "max_seq_len", "blocks", "position_embedding", "norm")
@@ -518,32 +626,56 @@ def attach(model, cache, n_new=None):
     require_parts(model)
     if len(model.blocks) != cache.num_layers:
         raise ValueError(f"the model has {len(model.blocks)} blocks, the cache {cache.num_layers} layers")
-    parts = [
-        (model, "position_embedding", CountingPositions(original(model.position_embedding), cache, n_new)),
-        (model, "norm", CommittingNorm(original(model.norm), cache)),
-    ]
-    for layer_idx, block in enumerate(model.blocks):  # each stand-in gets its own layer_idx
-        parts.append((block, "attention", CachedAttention(original(block.attention), cache, layer_idx, n_new)))
+    parts = end_parts(model, cache, n_new) + attention_parts(model, cache, n_new)
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
     put_parts(parts)
     return replaced
+
+
+def put_parts(parts):
+    """Set each (owner, name, part)."""
+    for owner, name, part in parts:
+        setattr(owner, name, part)
+
+
+@contextmanager
+def attached(model, cache, n_new=None):
+    """Within the block the model runs on `cache`; afterwards its very same parts are back.
+
+    n_new: valid tokens per row of the one padded chunk that is run in the block. A block that is left by an
+    exception drops what is pending.
+    """
+    replaced = attach(model, cache, n_new)
+    try:
+        yield cache
+    except BaseException:
+        cache.abandon()
+        raise
+    finally:
+        put_parts(replaced)
+
+
+# %% cell 55
+def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
+    """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker."""
+    return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
 
 
 def enable_kv_cache(model=None, *sizes, **options):
     """Let a GPT run on a new cache of its own sizes, in eval mode, until disable_kv_cache; return the cache.
 
     Options: batch_size=1, max_seq_len (default: the model's), dtype, strict, tracker. A second call replaces the
-    first cache. In training mode the cache is bypassed. Inference only: keys and values carry no gradients.
+    first cache. Inference only: in training mode the cache is bypassed, and keys and values carry no gradients.
     Called with the sizes of create_kv_cache instead of a model, it forwards to it.
     """
     if model is None or isinstance(model, (int, np.integer)):
         return create_kv_cache(*([] if model is None else [model]), *sizes, **options)
     if sizes:
-        raise TypeError("the sizes come from the model; options are given by name, as batch_size=2")
+        raise TypeError("the sizes come from the model; options are given by name, for example batch_size=2")
     require_parts(model)
-    num_kv_heads = getattr(model, "num_kv_heads", None) or model.num_heads
     found = dict(batch_size=1, max_seq_len=model.max_seq_len, num_layers=model.num_layers,
-                 num_heads=num_kv_heads, head_dim=model.embed_dim // model.num_heads)
+                 num_heads=getattr(model, "num_kv_heads", model.num_heads),
+                 head_dim=model.embed_dim // model.num_heads)
     cache = create_kv_cache(**{**found, **options})
     disable_kv_cache(model)
     attach(model, cache)
@@ -552,10 +684,25 @@ def enable_kv_cache(model=None, *sizes, **options):
 
 
 def disable_kv_cache(model):
-    """Put the very same parts back that enable_kv_cache replaced."""
-    for owner, name in [(model, "position_embedding"), (model, "norm"), *((b, "attention") for b in model.blocks)]:
-        setattr(owner, name, original(getattr(owner, name)))
+    """Put the very same parts back that enable_kv_cache replaced. Without an enabled cache, nothing changes."""
+    owners = [(model, "position_embedding"), (model, "norm"), *((block, "attention") for block in model.blocks)]
+    put_parts([(owner, name, original(getattr(owner, name))) for owner, name in owners])
     model._kv_cache, model._cache_enabled = None, False
+
+
+# %% cell 60 (17-prefill)
+def run_in_chunks(model, ids, cache, chunk, n_new):
+    """Run ids (B, T) into the cache, `chunk` tokens at a time; return the list of the logits of each chunk.
+
+    n_new: array (B,), the valid tokens of each right-padded row.
+    """
+    logits = []
+    for start in range(0, ids.shape[1], chunk):
+        piece = ids[:, start : start + chunk]
+        valid = np.clip(n_new - start, 0, piece.shape[1])
+        with cache.attached_to(model, n_new=valid):
+            logits.append(model(piece))
+    return logits
 
 
 def prefill(model, ids, cache, chunk=None, n_new=None):
@@ -566,27 +713,135 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
     """
     ids = np.atleast_2d(ids.data if isinstance(ids, Tensor) else np.asarray(ids))
     seq_len = ids.shape[1]
-    counts = np.array(per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size))
+    counts = per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size)
+    if max(counts) > seq_len:
+        raise ValueError(f"n_new {counts} counts more tokens than ids has ({seq_len})")
+    if cache.window is None:  # a window makes its own room
+        check_room(cache.seq_lens, counts, cache.capacity)
     chunk = seq_len if chunk is None else whole_number("chunk", chunk)
-    if cache.window is None:
-        check_room(cache.seq_lens, counts.tolist(), cache.capacity)
-    was_training, logits = model.training, []
+    was_training = model.training
     model.eval()
     try:
-        for start in range(0, seq_len, chunk):
-            ids_chunk = ids[:, start : start + chunk]
-            valid = np.clip(counts - start, 0, ids_chunk.shape[1])
-            with no_grad(), cache.attached_to(model, n_new=valid):
-                logits.append(model(ids_chunk))
+        with no_grad():
+            return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
     finally:
         model.train(was_training)
-    return cat(logits, dim=1)
 
 
+# %% cell 63
+def generation_flops(model, prompt_len, max_new_tokens, cached):
+    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
+    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    for i in range(max_new_tokens):
+        seq_len = prompt_len + i
+        rows = 1 if cached and i else seq_len
+        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+    return flops
+
+
+# %% cell 64
+def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
+    """Measure generation with and without a cache; print and return one dict per prompt length.
+
+    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
+    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
+    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
+    """
+    model = random_gpt(256, 128, 4, 4, max(lengths) + max_new_tokens, 4) if model is None else model
+    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
+    rows = []
+    for length in lengths:
+        prompt = [i % model.vocab_size for i in range(length)]
+        ways = {cached: lambda used=used: model.generate(prompt, max_new_tokens, cache=used)
+                for cached, used in ((False, None), (True, cache))}
+        seconds = {cached: measure_latency(run, warmup=1, repeats=repeats) for cached, run in ways.items()}
+        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
+        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
+                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
+                     "gflops_without": flops[False] / seconds[False] / 1e9,
+                     "gflops_with": flops[True] / seconds[True] / 1e9,
+                     "same_tokens": ways[False]() == ways[True]()})
+        row = rows[-1]
+        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
+              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
+    return rows
+
+
+# %% cell 68
+def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
+    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
+
+    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
+
+    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
+    36.0
+    """
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
+    total = config.calculate_size()
+    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
+            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
+
+
+def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
+                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
+    """MiB of the cache over length and batch size, as text."""
+    def cell(batch_size, seq_len):
+        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
+        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
+
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}, MiB (2**20 bytes)",
+             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
+    for seq_len in seq_lens:
+        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
+    return "\n".join(lines)
+
+
+# %% cell 69
+def analyze_kvcache_memory(models=None, batch_size=1):
+    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
+
+    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
+    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
+    a list of dicts, one per model.
+    """
+    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
+    rows = []
+    for name, c in (KNOWN_MODELS if models is None else models).items():
+        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
+        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
+        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
+                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
+        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
+        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
+              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
+    for dtype in (np.float16, np.float32):
+        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
+        measured = KVCache.from_config(config).nbytes
+        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
+    return rows
+
+
+# %% cell 74 (17-rows)
+def clear_slots(store, starts, stops):
+    """Zero the slots start .. stop - 1 of each row, in all layers, keys and values: store (L, 2, B, H, S, D)."""
+    for row, (start, stop) in enumerate(zip(starts, stops)):
+        store[:, :, row, :, start:stop] = 0
+
+
+def gather_rows(store, rows):
+    """Row r becomes what row rows[r] was, in place: store (L, 2, B, H, S, D); a row may be named twice."""
+    store[...] = store[:, :, rows]  # indexing by a list copies, so nothing is read after it was overwritten
+
+
+# %% cell 81
 class LayerKVCache:
-    """The cache of one layer on its own, as a beginner would write it: arrays, and a length per row.
+    """The cache of one layer on its own: two arrays (B, H, S, D), public and writable, and a length per row.
 
-    k_cache and v_cache (B, H, S, D) are public and writable, and so is the list seq_lens.
+    `seq_lens` is a plain list that may be assigned to.
     """
 
     def __init__(self, batch_size, max_seq_len, num_heads, head_dim, *, dtype=np.float32):
@@ -600,15 +855,9 @@ class LayerKVCache:
 
     def update(self, k, v, n_new=None):
         """Append T tokens, k and v (B, H, T, D), at each row's own length. A full row: ValueError, nothing written."""
-        heads = (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-        k, v = check_tokens("k", k, *heads), check_tokens("v", v, *heads)
-        if k.shape != v.shape:
-            raise ValueError(f"k brings {k.shape[2]} tokens and v {v.shape[2]}: they must be as many")
-        n_new = per_row("n_new", k.shape[2] if n_new is None else n_new, self.batch_size)
-        if max(n_new) > k.shape[2]:
-            raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({k.shape[2]})")
-        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)
-        check_room(lengths, n_new, self.max_seq_len)
+        sizes, lengths = (self.batch_size, self.num_heads, self.head_dim, self.dtype), self._lengths()
+        k, v = check_tokens("k", k, *sizes), check_tokens("v", v, *sizes)
+        n_new = check_chunk(k, v, n_new, lengths, self.max_seq_len)
         write_tokens(self.k_cache, k, lengths, n_new)
         write_tokens(self.v_cache, v, lengths, n_new)
         self.seq_lens = [length + count for length, count in zip(lengths, n_new)]
@@ -617,56 +866,72 @@ class LayerKVCache:
         """Keys and values of one row: (H, len, D) each, read-only views."""
         if whole_number("row", row, least=0) >= self.batch_size:
             raise ValueError(f"row {row} is beyond the last, {self.batch_size - 1}")
-        views = [cache[row, :, : self.seq_lens[row]] for cache in (self.k_cache, self.v_cache)]
+        views = [array[row, :, : self._lengths()[row]] for array in (self.k_cache, self.v_cache)]
         for view in views:
             view.flags.writeable = False
         return tuple(views)
+
+    def reset(self):
+        """Empty again: no bytes, no lengths."""
+        self.k_cache[...], self.v_cache[...], self.seq_lens = 0, 0, [0] * self.batch_size
 
     @property
     def nbytes(self):
         """Bytes of both arrays."""
         return self.k_cache.nbytes + self.v_cache.nbytes
 
-    def reset(self):
-        """Empty again."""
-        self.k_cache[...] = 0
-        self.v_cache[...] = 0
-        self.seq_lens = [0] * self.batch_size
+    def _lengths(self):
+        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)  # anybody may have assigned to it
+        if max(lengths) > self.max_seq_len:
+            raise ValueError(f"seq_lens {lengths} are longer than max_seq_len={self.max_seq_len}")
+        return lengths
+
+
+# %% cell 83 (17-stateless)
+def attend_last(query, cache, lengths):
+    """Attention of each row's last T tokens over all that the row holds: (B, H, T, D) -> (B, H, T, D), float32.
+
+    cache: a LayerKVCache, only read. lengths: tokens per row.
+    """
+    batch_size, seq_len = query.shape[0], query.shape[2]
+    key, value = cache.k_cache[:, :, : max(lengths)], cache.v_cache[:, :, : max(lengths)]
+    starts = [length - seq_len for length in lengths]
+    positions = next_positions(starts, [seq_len] * batch_size, seq_len)
+    visible = visible_mask(positions, slot_positions(lengths))
+    return scaled_dot_product_attention(query, key, value, visible).numpy()
 
 
 def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     """Attention of T tokens over a LayerKVCache that already holds them: (B, T, E) -> (B, T, embed_dim).
 
-    It reads the cache and writes nothing; the T queries are the last T tokens of each row, causal among themselves.
-    w_q (E, H*D) and w_o (H*D, embed_dim) multiply from the right. w_k and w_v made the keys and values that the
-    cache holds; they are part of the signature so that a layer is one tuple of weights, and are not used here.
+    Reads the cache and writes nothing; the T queries are the last T tokens of each row, causal among themselves.
+    w_q (E, H*D) and w_o (H*D, embed_dim) multiply from the right. w_k and w_v made the keys and values in the cache:
+    they belong to the layer's four weights and are not used again.
     """
     x = np.asarray(query_input.data if isinstance(query_input, Tensor) else query_input)
     batch_size, seq_len, _ = x.shape
     lengths = per_row("seq_lens", cache.seq_lens, cache.batch_size)
     if batch_size != cache.batch_size or min(lengths) < seq_len:
-        raise ValueError(f"{batch_size} rows of {seq_len} queries need a cache that holds them: seq_lens {lengths}")
-    starts = [length - seq_len for length in lengths]
-    visible = visible_mask(next_positions(starts, [seq_len] * batch_size, seq_len), slot_positions(lengths))
-    query = (x @ w_q).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
-    key, value = cache.k_cache[:, :, : max(lengths)], cache.v_cache[:, :, : max(lengths)]
-    mixed = scaled_dot_product_attention(query, key, value, visible).data
-    output = mixed.swapaxes(1, 2).reshape(batch_size, seq_len, -1) @ w_o  # (B, T, H*D) @ (H*D, E)
+        raise ValueError(f"{batch_size} rows of {seq_len} queries need a cache that holds these tokens, it has {lengths}")
+    query = (x @ np.asarray(w_q)).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
+    mixed = attend_last(query, cache, lengths).swapaxes(1, 2).reshape(batch_size, seq_len, -1)  # (B, T, H*D)
+    output = mixed @ np.asarray(w_o)
     return Tensor(output) if isinstance(query_input, Tensor) else output
 
 
+# %% cell 85
 class IncrementalDecoder:
-    """A small decoder in plain NumPy on one LayerKVCache per layer: attention layers with residuals, nothing else."""
+    """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 
     def __init__(self, d_model, num_heads, num_layers, max_seq_len, vocab_size, rng=None):
         if d_model % num_heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
+            raise ValueError(f"d_model {d_model} does not divide into num_heads {num_heads} equal heads")
         self.d_model, self.num_heads, self.num_layers = d_model, num_heads, num_layers
         self.max_seq_len, self.vocab_size = max_seq_len, vocab_size
         rng = default_rng() if rng is None else rng
 
         def matrix(*shape):
-            return rng.standard_normal(shape, dtype=np.float32) / np.float32(d_model**0.5)
+            return rng.standard_normal(shape, dtype=np.float32) * d_model**-0.5
 
         self.token_table, self.position_table = matrix(vocab_size, d_model), matrix(max_seq_len, d_model)
         self.layers = [tuple(matrix(d_model, d_model) for _ in "qkvo") for _ in range(num_layers)]
@@ -674,30 +939,25 @@ class IncrementalDecoder:
         self._init_caches(1)
 
     def _init_caches(self, batch_size):
-        """Fresh caches, one per layer, for `batch_size` rows; also kept as self.caches."""
-        head_dim = self.d_model // self.num_heads
-        self.caches = [
-            LayerKVCache(batch_size, self.max_seq_len, self.num_heads, head_dim) for _ in range(self.num_layers)
-        ]
+        """Fresh caches, one per layer, for `batch_size` rows; kept as self.caches."""
+        sizes = (batch_size, self.max_seq_len, self.num_heads, self.d_model // self.num_heads)
+        self.caches = [LayerKVCache(*sizes) for _ in range(self.num_layers)]
         return self.caches
 
     def forward_step(self, ids, caches=None, is_prefill=False):
         """Run the next tokens, ids (B, T) or (B,), through all layers: logits (B, vocab_size) of the last one.
 
-        is_prefill marks the call that brings a prompt; prompt and single token take the same path, so a
-        prefill equals the same tokens one by one.
+        is_prefill marks the call that brings a prompt. Prompt and single token take the same path, so a prefill
+        equals the same tokens one by one. A row without room: ValueError before any layer has stored a token.
         """
         caches = self.caches if caches is None else caches
         ids = np.asarray(ids)
         ids = ids if ids.ndim == 2 else ids.reshape(caches[0].batch_size, -1)
-        lengths, (batch_size, seq_len) = caches[0].seq_lens, ids.shape
+        lengths, (batch_size, seq_len) = list(caches[0].seq_lens), ids.shape
         check_room(lengths, [seq_len] * batch_size, self.max_seq_len)
-        positions = next_positions(lengths, [seq_len] * batch_size, seq_len)
-        x = self.token_table[ids] + self.position_table[positions]  # (B, T, E)
+        x = self.token_table[ids] + self.position_table[next_positions(lengths, [seq_len] * batch_size, seq_len)]
         for cache, (w_q, w_k, w_v, w_o) in zip(caches, self.layers):
-            key, value = (
-                (x @ w).reshape(batch_size, seq_len, self.num_heads, -1).swapaxes(1, 2) for w in (w_k, w_v)
-            )
-            cache.update(key, value)
+            heads = (batch_size, seq_len, self.num_heads, -1)
+            cache.update((x @ w_k).reshape(heads).swapaxes(1, 2), (x @ w_v).reshape(heads).swapaxes(1, 2))
             x = x + multi_head_attention_with_cache(x, cache, w_q, w_k, w_v, w_o)
         return x[:, -1] @ self.head
