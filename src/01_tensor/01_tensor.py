@@ -140,7 +140,7 @@ def test_unit_dtype():
         )
         assert got.tolist() == [1, 0, 1], f"the values changed: got {got.tolist()}, expected [1, 0, 1]"
     row = np.ones(3, dtype=np.float32)
-    assert settle_dtype(row) is row, "a float32 array was copied: the memory was already right (astype has copy=False)"
+    assert settle_dtype(row) is row, "a float32 array was copied: its memory was right already (astype has copy=False)"
     ### BEGIN HIDDEN TESTS
     assert settle_dtype(np.array(2.5)).dtype == np.float32, "an array without dimensions is floating data too"
     assert settle_dtype(np.array([2**40 + 1])).tolist() == [2**40 + 1], "a large integer lost its last digits"
@@ -534,7 +534,7 @@ def reduce_array(ufunc, x, dim, keepdim):
         return ufunc.reduce(x, axis=tuple(dim) if isinstance(dim, list) else dim, keepdims=keepdim)
     except IndexError:
         raise IndexError(
-            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use a dim from {-x.ndim} to {x.ndim - 1}."
+            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use {-x.ndim} to {x.ndim - 1}."
         ) from None
 
 
@@ -734,7 +734,7 @@ def expand_array(x, shape):
         return np.broadcast_to(x, sizes)
     except ValueError:
         raise ValueError(
-            f"expand: shape {x.shape} does not stretch to {sizes}: only a dimension of size 1 grows, and new ones come on "
+            f"expand: shape {x.shape} does not stretch to {sizes}: only sizes of 1 grow, and new dimensions come on "
             "the left. Use unsqueeze to make a dimension of size 1."
         ) from None
 

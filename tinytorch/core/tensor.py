@@ -229,7 +229,7 @@ def reduce_array(ufunc, x, dim, keepdim):
         return ufunc.reduce(x, axis=tuple(dim) if isinstance(dim, list) else dim, keepdims=keepdim)
     except IndexError:
         raise IndexError(
-            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use a dim from {-x.ndim} to {x.ndim - 1}."
+            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use {-x.ndim} to {x.ndim - 1}."
         ) from None
 
 
@@ -315,7 +315,7 @@ def expand_array(x, shape):
         return np.broadcast_to(x, sizes)
     except ValueError:
         raise ValueError(
-            f"expand: shape {x.shape} does not stretch to {sizes}: only a dimension of size 1 grows, and new ones come on "
+            f"expand: shape {x.shape} does not stretch to {sizes}: only sizes of 1 grow, and new dimensions come on "
             "the left. Use unsqueeze to make a dimension of size 1."
         ) from None
 
