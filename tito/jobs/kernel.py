@@ -69,6 +69,9 @@ class Watch:
         self.shell = shell
         self.streams = (sys.stdout, sys.stderr)
         self.names: dict[str, str] = {}  # name that IPython compiles a cell under -> number of the cell
+        # Nobody reads IPython's own tracebacks, and making one may itself fail or take long.
+        shell.showtraceback = shell.showsyntaxerror = lambda *args, **kwargs: None
+        shell._last_traceback = None  # ipykernel reads it, and sets it only in cells without `await`
         shell.events.register("pre_run_cell", self.before)
         shell.events.register("post_run_cell", self.after)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from tito.course.processes import MARK
 from tito.jobs.kernel import TOO_MUCH_OUTPUT
 from tito.jobs.line import Line
 
@@ -51,7 +52,7 @@ class Kernel:
         bounds = {name: spec[name] for name in ("memory_bytes", "file_bytes", "output_bytes")}
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(program), connection_file, json.dumps(bounds)],
-            cwd=private / "work", env=spec["env"] | {"JPY_PARENT_PID": str(os.getpid())},
+            cwd=private / "work", env=spec["env"] | {MARK: spec["mark"], "JPY_PARENT_PID": str(os.getpid())},
             start_new_session=os.name == "posix", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
