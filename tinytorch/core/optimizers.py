@@ -1,123 +1,187 @@
-"""Hand-extracted from src/06_optimizers while the build is being written."""
+"""Optimizers: SGD, Adam and AdamW, in place and resumable.
+
+Lesson 06_optimizers. Built from src/06_optimizers/06_optimizers.py by `tito dev build`: change it there, not here.
+"""
+
+__all__ = [
+    "descend",
+    "momentum_direction",
+    "nesterov_direction",
+    "with_weight_decay",
+    "BLOCK",
+    "blocks",
+    "Optimizer",
+    "SGD",
+    "update_moments",
+    "adam_update",
+    "Adam",
+    "shrink",
+    "AdamW",
+    "state_problems",
+    "copy_state",
+]
+
+
+# %% cell 2
 import math
 
 import numpy as np
 
 
+# %% cell 7 (06-descend)
 def descend(weight, direction, lr):
+    """Move `weight` by -lr * direction, in place; both have any one shape.
+
+    >>> weight = np.array([1.0, -2.0]); descend(weight, np.array([0.5, -1.0]), 0.1); weight
+    array([ 0.95, -1.9 ])
+    """
     weight -= lr * direction
 
 
-def momentum_direction(grad, buffer, momentum, nesterov=False):
+# %% cell 16 (06-momentum)
+def momentum_direction(grad, buffer, momentum):
+    """Update `buffer` in place to momentum * buffer + grad and return it, the direction of the step.
+
+    Source: Polyak 1964; PyTorch's form, where the gradient enters whole.
+    """
     buffer *= momentum
     buffer += grad
-    return grad + momentum * buffer if nesterov else buffer
+    return buffer
 
 
+# %% cell 20 (06-nesterov)
+def nesterov_direction(grad, buffer, momentum):
+    """Update `buffer` as momentum does, and return grad + momentum * buffer. Source: Sutskever et al. 2013.
+
+    >>> nesterov_direction(np.array([1.0]), np.array([0.0]), 0.9)
+    array([1.9])
+    """
+    return grad + momentum * momentum_direction(grad, buffer, momentum)
+
+
+# %% cell 24 (06-weight-decay)
 def with_weight_decay(grad, weight, weight_decay):
+    """The gradient of the loss plus weight_decay / 2 * |weight|^2; `grad` itself is left alone.
+
+    >>> with_weight_decay(np.array([0.5, 0.5]), np.array([2.0, -4.0]), 0.1)
+    array([0.7, 0.1])
+    """
     return grad + weight_decay * weight if weight_decay else grad
 
 
-BLOCK = 1 << 14
+# %% cell 29 (06-blocks)
+BLOCK = 1 << 16  # numbers per piece: 256 KiB of float32
 
 
 def blocks(*arrays, size=BLOCK):
-    if arrays[0].size <= size or not all(a.flags.c_contiguous for a in arrays):
+    """Yield tuples of matching pieces of arrays of one shape, at most `size` numbers each: views to write to."""
+    if arrays[0].size <= size or not all(array.flags.c_contiguous for array in arrays):
         yield arrays
         return
-    flat = [a.reshape(-1) for a in arrays]
-    for start in range(0, flat[0].size, size):
-        yield tuple(a[start:start + size] for a in flat)
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, arrays[0].size, size):
+        yield tuple(array[start : start + size] for array in flat)
 
 
+# %% cell 32 (06-step)
 class Optimizer:
+    """Moves parameters by their gradients; keeps, for each parameter, a step count and the buffers of its kind."""
+
     settings = ("lr",)
     buffers = ()
 
     def __init__(self, params, lr):
-        self.params = list(params)
-        self.lr = lr
-        self.state = {}
+        self.params, self.lr, self.state = list(params), lr, {}
         if not self.params:
             raise ValueError("the optimizer got no parameters: pass model.parameters()")
-        if len({id(p) for p in self.params}) != len(self.params):
-            raise ValueError("the same parameter was passed twice: it would be moved twice in each step")
+        if len({id(p) for p in self.params}) < len(self.params):
+            raise ValueError("a parameter was passed twice: it would be moved twice in each step")
         if not lr >= 0:
-            raise ValueError(f"lr must not be negative, got {lr}")
+            raise ValueError(f"lr must be 0 or more, got {lr}")
 
     def zero_grad(self):
+        """Forget all gradients; `backward` adds to what is there."""
         for parameter in self.params:
             parameter.grad = None
 
+    def state_of(self, index, weight):
+        """The state of parameter `index`: {"step": 0, buffer name: zeros like weight} when it is first asked for."""
+        if index not in self.state:
+            zeros = {name: np.zeros(weight.shape, weight.dtype) for name in self.buffers}
+            self.state[index] = {"step": 0, **zeros}
+        return self.state[index]
+
+    def update(self, step, weight, grad, *buffers):
+        """Move one piece of a weight, in place; `step` counts from 1."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a weight moves")
+
     def step(self):
+        """Move every parameter that has a gradient."""
         for index, parameter in enumerate(self.params):
             if parameter.grad is None:
                 continue
-            weight, grad = parameter.data, np.ascontiguousarray(parameter.grad.data)
-            state = self.state.setdefault(index, {})
-            if not state:
-                state["step"] = 0
-                state.update({name: np.zeros(weight.shape, weight.dtype) for name in self.buffers})
+            weight, grad = parameter.data, np.asarray(parameter.grad.data, order="C")
+            state = self.state_of(index, weight)
             state["step"] += 1
             for piece in blocks(weight, grad, *(state[name] for name in self.buffers)):
                 self.update(state["step"], *piece)
 
-    def update(self, step, weight, grad, *buffers):
-        raise NotImplementedError("a kind of optimizer says here how one piece of a weight moves")
-
     def state_dict(self):
+        """A copy of the settings and of the state, enough to go on in another process."""
         settings = {name: getattr(self, name) for name in self.settings}
         return {"optimizer": type(self).__name__, "settings": settings, "state": copy_state(self.state)}
 
-    def load_state_dict(self, saved):
-        self.check_state_dict(saved)
-        for name in self.settings:
-            setattr(self, name, saved["settings"][name])
-        self.state = copy_state(saved["state"])
-
     def check_state_dict(self, saved):
+        """Raise a ValueError that says why `saved` does not fit this optimizer's parameters, if it does not."""
         kind = type(self).__name__
         if saved["optimizer"] != kind:
-            raise ValueError(f"this state was saved by {saved['optimizer']}, not by {kind}")
-        problems = state_problems(saved["state"], [p.shape for p in self.params], self.buffers)
+            raise ValueError(f"the state was saved by {saved['optimizer']}, this optimizer is {kind}")
+        problems = state_problems(saved["state"], [p.shape for p in self.params])
         if problems:
-            raise ValueError("this state belongs to other parameters: " + "; ".join(problems))
+            raise ValueError("the state belongs to other parameters: " + "; ".join(problems))
+
+    def load_state_dict(self, saved):
+        """Go on from what state_dict() gave; one that does not fit is an error and changes nothing."""
+        self.check_state_dict(saved)
+        for name, value in saved["settings"].items():
+            setattr(self, name, value)
+        self.state = copy_state(saved["state"])
 
 
-def copy_state(state):
-    return {index: {name: value.copy() if isinstance(value, np.ndarray) else value
-                    for name, value in entry.items()} for index, entry in state.items()}
-
-
-def state_problems(state, shapes, buffers):
-    problems = []
-    for index, entry in state.items():
-        if index not in range(len(shapes)):
-            problems.append(f"parameter {index} of {len(shapes)}")
-            continue
-        for name in buffers:
-            got = entry[name].shape if name in entry else None
-            if got != shapes[index]:
-                problems.append(f"parameter {index} {name}: shape {got}, needed {shapes[index]}")
-    return problems
-
-
+# %% cell 34
 class SGD(Optimizer):
+    """Gradient descent with momentum, Nesterov's variant and weight decay, as torch.optim.SGD."""
+
     settings = ("lr", "momentum", "weight_decay", "nesterov")
 
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
         super().__init__(params, lr)
+        if momentum < 0 or weight_decay < 0:
+            raise ValueError(f"momentum ({momentum}) and weight_decay ({weight_decay}) must be 0 or more")
+        if nesterov and not momentum:
+            raise ValueError("nesterov looks ahead along the momentum: it needs momentum > 0")
         self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
-        self.buffers = ("momentum_buffer",) if momentum else ()
+
+    @property
+    def buffers(self):
+        return ("momentum_buffer",) if self.momentum else ()
 
     def update(self, step, weight, grad, *buffers):
-        grad = with_weight_decay(grad, weight, self.weight_decay)
+        direction = with_weight_decay(grad, weight, self.weight_decay)
         if self.momentum:
-            grad = momentum_direction(grad, *buffers, self.momentum, self.nesterov)
-        descend(weight, grad, float(self.lr))
+            find = nesterov_direction if self.nesterov else momentum_direction
+            direction = find(direction, *buffers, self.momentum)
+        descend(weight, direction, float(self.lr))
 
 
+# %% cell 37 (06-moments)
 def update_moments(exp_avg, exp_avg_sq, grad, betas):
+    """Update both running averages in place. Source: Kingma and Ba 2015, algorithm 1.
+
+    >>> mean, square = np.zeros(2), np.zeros(2)
+    >>> update_moments(mean, square, np.array([2.0, -1.0]), (0.9, 0.99)); mean, square
+    (array([ 0.2, -0.1]), array([0.04, 0.01]))
+    """
     beta1, beta2 = betas
     exp_avg *= beta1
     exp_avg += (1 - beta1) * grad
@@ -125,7 +189,9 @@ def update_moments(exp_avg, exp_avg_sq, grad, betas):
     exp_avg_sq += (1 - beta2) * grad * grad
 
 
+# %% cell 42 (06-adam)
 def adam_update(weight, exp_avg, exp_avg_sq, step, lr, betas, eps):
+    """Move `weight` in place by lr times the corrected average over its usual size; `step` counts from 1."""
     beta1, beta2 = betas
     size = np.sqrt(exp_avg_sq)
     size /= math.sqrt(1 - beta2**step)
@@ -133,12 +199,19 @@ def adam_update(weight, exp_avg, exp_avg_sq, step, lr, betas, eps):
     weight -= lr / (1 - beta1**step) * exp_avg / size
 
 
+# %% cell 45
 class Adam(Optimizer):
+    """Steps scaled by each number's usual gradient; weight decay enters through the gradient, as torch.optim.Adam."""
+
     settings = ("lr", "betas", "eps", "weight_decay")
     buffers = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0):
         super().__init__(params, lr)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and less than 1, got {betas}")
+        if eps < 0 or weight_decay < 0:
+            raise ValueError(f"eps ({eps}) and weight_decay ({weight_decay}) must be 0 or more")
         self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
 
     def update(self, step, weight, grad, exp_avg, exp_avg_sq):
@@ -147,11 +220,44 @@ class Adam(Optimizer):
         adam_update(weight, exp_avg, exp_avg_sq, step, float(self.lr), self.betas, self.eps)
 
 
+# %% cell 48 (06-adamw)
+def shrink(weight, lr, weight_decay):
+    """Decoupled weight decay, in place. Source: Loshchilov and Hutter 2019, algorithm 2, as PyTorch scales it.
+
+    >>> weight = np.array([10.0]); shrink(weight, 0.1, 0.01); weight
+    array([9.99])
+    """
+    weight *= 1 - lr * weight_decay
+
+
+# %% cell 49
 class AdamW(Adam):
+    """Adam with weight decay apart from the gradient, as torch.optim.AdamW."""
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def update(self, step, weight, grad, exp_avg, exp_avg_sq):
-        weight *= 1 - float(self.lr) * self.weight_decay
+        shrink(weight, float(self.lr), self.weight_decay)
         update_moments(exp_avg, exp_avg_sq, grad, self.betas)
         adam_update(weight, exp_avg, exp_avg_sq, step, float(self.lr), self.betas, self.eps)
+
+
+# %% cell 57
+def state_problems(state, shapes):
+    """Why a saved state does not fit parameters of these shapes: a list of sentences, empty if it does."""
+    problems = [f"there is no parameter {index}, only {len(shapes)}" for index in state if index >= len(shapes)]
+    for index, entry in state.items():
+        for name, value in entry.items():
+            if isinstance(value, np.ndarray) and index < len(shapes) and value.shape != shapes[index]:
+                problems.append(f"{name} of parameter {index} has shape {value.shape}, needed {shapes[index]}")
+    return problems
+
+
+# %% cell 58 (06-state)
+def copy_state(state):
+    """A copy of {index: {name: array or number}} that shares no array with it."""
+    return {
+        index: {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in entry.items()}
+        for index, entry in state.items()
+    }
