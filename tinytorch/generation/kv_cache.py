@@ -278,12 +278,17 @@ class CacheLedger:
         self.n_new, self.seq_len, self.written, self.failed = [0] * len(self.lengths), 0, set(), False
 
     def claim(self, layer_idx, n_new, seq_len):
-        """Let one layer write: it opens a pass or joins the open one. CacheStateError for a second time or other tokens."""
+        """Let one layer write: it opens a pass or joins the open one, once, with the tokens of the others."""
         if layer_idx in self.written:
-            raise CacheStateError(f"layer {layer_idx} was updated twice in one pass: advance() comes after the last layer")
+            raise CacheStateError(
+                f"layer {layer_idx} was updated twice in one pass: advance() comes after the last layer, "
+                "abandon() after a pass that failed"
+            )
         if self.written and (n_new, seq_len) != (self.n_new, self.seq_len):
-            raise CacheStateError(f"layers disagree: layer {layer_idx} brings {n_new} tokens per row in a chunk of {seq_len}, "
-                                  f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}")
+            raise CacheStateError(
+                f"layers disagree: layer {layer_idx} brings {n_new} tokens per row in a chunk of {seq_len}, "
+                f"layers {sorted(self.written)} brought {self.n_new} in a chunk of {self.seq_len}"
+            )
         self.n_new, self.seq_len = n_new, seq_len
         self.written.add(layer_idx)
 
@@ -445,6 +450,11 @@ class KVCache(KVStore, CacheRows):
     def seq_pos(self):
         """Committed tokens of the longest row."""
         return max(self._ledger.lengths)
+
+    @property
+    def pending_layers(self):
+        """Layers that have written the open pass; [] when none is open."""
+        return sorted(self._ledger.written)
 
     def positions(self, n_new, seq_len=None):
         """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
@@ -754,8 +764,8 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
     rows = []
     for length in lengths:
         prompt = [i % model.vocab_size for i in range(length)]
-        ways = {cached: lambda used=used: model.generate(prompt, max_new_tokens, cache=used)
-                for cached, used in ((False, None), (True, cache))}
+        ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
+                True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
         seconds = {cached: measure_latency(run, warmup=1, repeats=repeats) for cached, run in ways.items()}
         flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
         rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
@@ -793,7 +803,7 @@ def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_hea
         return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
 
     stored = num_heads if num_kv_heads is None else num_kv_heads
-    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}, MiB (2**20 bytes)",
+    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}; in MiB",
              f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
     for seq_len in seq_lens:
         lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
@@ -912,7 +922,7 @@ def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     batch_size, seq_len, _ = x.shape
     lengths = per_row("seq_lens", cache.seq_lens, cache.batch_size)
     if batch_size != cache.batch_size or min(lengths) < seq_len:
-        raise ValueError(f"{batch_size} rows of {seq_len} queries need a cache that holds these tokens, it has {lengths}")
+        raise ValueError(f"{batch_size} rows of {seq_len} queries: the cache must hold them, it has lengths {lengths}")
     query = (x @ np.asarray(w_q)).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
     mixed = attend_last(query, cache, lengths).swapaxes(1, 2).reshape(batch_size, seq_len, -1)  # (B, T, H*D)
     output = mixed @ np.asarray(w_o)
