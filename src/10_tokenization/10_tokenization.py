@@ -31,14 +31,19 @@ popular, which learns its own vocabulary from text and can write down *anything*
 # %%
 #| default_exp text.tokenization
 #| export
+import contextlib
 import heapq
 import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from functools import cache
+
+# %%
+import random
+import tempfile
+import time
 
 # %% [markdown]
 """
@@ -179,16 +184,16 @@ one, never half.
 #| export
 def write_json(path, state):
     """Write `state` as JSON so that `path` holds the old content or the new, never a part of it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 # %%
@@ -563,8 +568,6 @@ it, and multiply.
 # %% nbgrader={"grade": false, "grade_id": "10-measure-slow", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_slow():
     """Seconds per merge on a part of the text, and what that means for all of it."""
-    import time
-
     part = list(help_text().encode("utf-8"))[:40_000]
     start = time.perf_counter()
     merges = learn_merges_slow([part], [1], 5)
@@ -894,8 +897,6 @@ if __name__ == "__main__":
 # %% nbgrader={"grade": false, "grade_id": "10-measure-fast", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_fast():
     """The whole text, both ways; the slow one for a few merges only."""
-    import time
-
     counted = Counter(split_text(help_text()))
     words, weights = [list(chunk.encode("utf-8")) for chunk in counted], list(counted.values())
     start = time.perf_counter()
@@ -1053,9 +1054,6 @@ def merge_by_rank_long(ids, merges):
 # %% nbgrader={"grade": false, "grade_id": "10-measure-long", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_long():
     """Seconds of both on one chunk, as it doubles."""
-    import random
-    import time
-
     part = learn_merges([list(help_text().encode("utf-8"))[:20_000]], [1], 200)
     merges = {pair: (rank, 256 + rank) for rank, pair in enumerate(part)}
     for length in (2_000, 4_000, 8_000):
@@ -1313,8 +1311,6 @@ has not seen.
 # %% nbgrader={"grade": false, "grade_id": "10-measure-compression", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_compression():
     """Characters per token, and the bytes of the look-up table that lesson 11 needs for the vocabulary."""
-    import time
-
     text = help_text()
     cut = len(text) * 9 // 10
     for vocab_size in (256, 512, 1024, 2048):

@@ -38,17 +38,17 @@ __all__ = [
 
 
 # %% cell 2
+import contextlib
 import heapq
 import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from functools import cache
 
 
-# %% cell 4
+# %% cell 5
 def char_vocabulary(text):
     """The distinct characters of a text, in sorted order, so that the same text always gives the same ids.
 
@@ -58,7 +58,7 @@ def char_vocabulary(text):
     return sorted(set(text))
 
 
-# %% cell 9
+# %% cell 10
 def decode_characters(ids, characters):
     """The text of a list of ids.
 
@@ -71,7 +71,7 @@ def decode_characters(ids, characters):
     return "".join(characters[i] for i in ids)
 
 
-# %% cell 11 (10-encode-characters)
+# %% cell 12 (10-encode-characters)
 def encode_characters(text, ids):
     """The id of each character of `text`; `ids` maps characters to numbers.
 
@@ -88,23 +88,23 @@ def encode_characters(text, ids):
     return result
 
 
-# %% cell 14
+# %% cell 15
 def write_json(path, state):
     """Write `state` as JSON so that `path` holds the old content or the new, never a part of it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
-# %% cell 15
+# %% cell 16
 class Tokenizer:
     """What both tokenizers share: the file. `Tokenizer.load(path)` opens whichever kind was saved."""
 
@@ -133,7 +133,7 @@ def check_kind(state, kind):
         raise ValueError(f"it holds a tokenizer of the kind {state['kind']!r}, not {kind!r}")
 
 
-# %% cell 17
+# %% cell 18
 class CharTokenizer(Tokenizer):
     """One id per character of `text`.
 
@@ -164,7 +164,7 @@ class CharTokenizer(Tokenizer):
         return cls("".join(state["characters"]))
 
 
-# %% cell 31 (10-count-pairs)
+# %% cell 32 (10-count-pairs)
 def count_pairs(words, weights):
     """How often each pair of neighbours occurs: a Counter {(left, right): count}.
 
@@ -178,7 +178,7 @@ def count_pairs(words, weights):
     return counts
 
 
-# %% cell 33
+# %% cell 34
 def top_pair(counts):
     """The pair with the largest count; among equals, the smallest pair of ids.
 
@@ -188,7 +188,7 @@ def top_pair(counts):
     return min(counts, key=lambda pair: (-counts[pair], pair))
 
 
-# %% cell 35 (10-merge-pair)
+# %% cell 36 (10-merge-pair)
 def merge_pair(word, pair, new_id):
     """The ids of `word`, with each occurrence of `pair` replaced by `new_id`, leftmost first.
 
@@ -206,7 +206,7 @@ def merge_pair(word, pair, new_id):
     return merged
 
 
-# %% cell 46
+# %% cell 47
 def character_class(characters):
     """The inside of a regular expression's [...] for these characters, as ranges; they come in order.
 
@@ -231,7 +231,7 @@ def unicode_classes():
     return character_class(letters), character_class(numbers), character_class(spaces)
 
 
-# %% cell 48 (10-chunk-regex)
+# %% cell 49 (10-chunk-regex)
 def chunk_regex(letter, number, space):
     """The regular expression of the six alternatives, as a string without capturing groups.
 
@@ -246,7 +246,7 @@ def chunk_regex(letter, number, space):
     return "|".join([endings, word, figures, signs, trailing, f"[{space}]+"])
 
 
-# %% cell 49
+# %% cell 50
 @cache
 def chunk_pattern():
     """GPT-2's pattern, compiled once; the classes are those of this Python's Unicode tables."""
@@ -262,7 +262,7 @@ def split_text(text):
     return chunk_pattern().findall(text)
 
 
-# %% cell 54 (10-replace-word)
+# %% cell 55 (10-replace-word)
 def replace_word(old, new, weight, counts):
     """Keep `counts` right when `old` becomes `new` in a word of this weight; the set of pairs that changed.
 
@@ -277,7 +277,7 @@ def replace_word(old, new, weight, counts):
     return {*zip(old, old[1:]), *zip(new, new[1:])}
 
 
-# %% cell 57 (10-pop-top-pair)
+# %% cell 58 (10-pop-top-pair)
 def pop_top_pair(heap, counts):
     """Take entries (-count, pair) off the heap until one is fresh: its pair, or None if none occurs at least twice.
 
@@ -291,7 +291,7 @@ def pop_top_pair(heap, counts):
     return None
 
 
-# %% cell 60
+# %% cell 61
 def learn_merges(words, weights, num_merges):
     """The merges that `learn_merges_slow` finds, recounting only the words that a merge changed."""
     words, merges = [list(word) for word in words], []
@@ -315,11 +315,11 @@ def learn_merges(words, weights, num_merges):
     return merges
 
 
-# %% cell 68
+# %% cell 69
 NEVER = (float("inf"), None)  # the rank of a pair that was never merged: after all others
 
 
-# %% cell 70 (10-merge-by-rank)
+# %% cell 71 (10-merge-by-rank)
 def merge_by_rank(ids, merges):
     """The ids of one chunk after all merges that apply; `merges` maps a pair to (rank, new id).
 
@@ -334,7 +334,7 @@ def merge_by_rank(ids, merges):
     return ids
 
 
-# %% cell 73
+# %% cell 74
 def merge_by_rank_long(ids, merges):
     """What `merge_by_rank` returns, in n log n steps: for chunks of thousands of bytes."""
     ids, end = list(ids), len(ids)
@@ -356,7 +356,7 @@ def merge_by_rank_long(ids, merges):
     return [i for i in ids if i is not None]
 
 
-# %% cell 76 (10-decode-tokens)
+# %% cell 77 (10-decode-tokens)
 def decode_tokens(ids, tokens):
     """The text of a list of ids; `tokens` maps an id to its bytes.
 
@@ -373,7 +373,7 @@ def decode_tokens(ids, tokens):
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
-# %% cell 79
+# %% cell 80
 def utf8(text):
     """The bytes of a text. Half of a surrogate pair is a ValueError that names its position."""
     if not isinstance(text, str):
@@ -399,7 +399,7 @@ def split_special(text, special_tokens):
     return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
 
 
-# %% cell 80
+# %% cell 81
 LONG_CHUNK = 64  # bytes; longer ones go through the heap and are not remembered
 CACHE_SIZE = 1 << 16  # chunks
 
@@ -497,7 +497,7 @@ class BPETokenizer(Tokenizer):
         return tokenizer
 
 
-# %% cell 90 (10-byte-letters)
+# %% cell 91 (10-byte-letters)
 def byte_letters():
     """The 256 letters of GPT-2's files: at place b, the printable character that stands for byte b.
 
@@ -514,7 +514,7 @@ def byte_letters():
     return letters
 
 
-# %% cell 93
+# %% cell 94
 def read_merges(path, ids):
     """The lines of merges.txt as triples (left, right, new id)."""
     triples = []
