@@ -74,8 +74,8 @@ def order() -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def tracked() -> list[Path]:
-    """Every file that git tracks or is about to."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Every file that git tracks."""
+    command = ["git", "ls-files", "-z"]
     try:
         listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode()
     except (OSError, subprocess.CalledProcessError):

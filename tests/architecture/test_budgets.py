@@ -31,7 +31,9 @@ def test_help_costs_at_most_one_and_a_half_times_typer():
     pairs = [(cpu_seconds("-c", "import typer"), cpu_seconds("-m", "tito", "--help")) for _ in range(RUNS + 1)]
     typer, tito = (statistics.median(times) for times in zip(*pairs[1:], strict=True))  # the first fills caches
     print(f"import typer {typer:.3f} s, tito --help {tito:.3f} s, ratio {tito / typer:.2f}")
-    assert tito <= MOST * typer, f"tito --help takes {tito:.3f} CPU s, import typer {typer:.3f}: {tito / typer:.2f} times"
+    assert tito <= MOST * typer, (
+        f"tito --help takes {tito:.3f} CPU s, import typer {typer:.3f}: {tito / typer:.2f} times"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["module", "--help"], ["--version"]])
