@@ -22,7 +22,7 @@ whom.
 **It needs** Tensor (01), softmax (02), Linear and Module (03) and the gradient rules (05).
 
 **It becomes** `tinytorch/core/attention.py`. Lesson 13 stacks it into a GPT; lesson 17 puts a cache in its
-middle, which is why we cut it in three parts with names: `project`, `attend`, `merge`.
+middle, which is why we cut it into three named parts: `project`, `attend`, `merge`.
 
 **Time:** about 75 minutes.
 
@@ -203,9 +203,9 @@ So we add 0 where a key is visible and -inf where it is not, before the softmax:
     after adding   [1, -inf, 0]
     softmax        [e/(e+1), 0, 1/(e+1)] = [0.7311, 0, 0.2689]
 
-One trap is left: a row that sees **nothing**, such as a row of padding. There the maximum is -inf,
-and subtracting it from -inf gives NaN, which spreads to everything after it. We want zeros. Two small steps
-do it:
+One trap is left: a row that sees **nothing**, such as a row of padding. There the maximum is -inf, and
+subtracting it from -inf gives NaN, which spreads to everything after it. We want zeros. Two small steps do
+it:
 
 * take the maximum with the lowest finite number as a floor, so that -inf minus it stays -inf;
 * divide by at least 1. In a row that sees something, the largest score contributes exp(0) = 1, so its sum
@@ -737,9 +737,8 @@ if __name__ == "__main__":
 """
 ## 6. The module: project, attend, merge
 
-One linear layer makes queries, keys and values at once: one large product is faster than three small ones.
-The three parts have names of their own, because lesson 17 will put something between the first and the
-second.
+One linear layer makes queries, keys and values at once, in one product. The three parts have names of their
+own, because lesson 17 will put something between the first and the second.
 
     x (B, T, E) --project--> query (B, H, T, D), key and value (B, H_kv, T, D)
                 --attend---> (B, H, T, D)
@@ -1026,7 +1025,10 @@ if __name__ == "__main__":
   do not copy keys.
 * Two operations with one rule each carry all gradients. The module is `project`, `attend`, `merge`.
 * Time and memory of `attend` grow with the square of the tokens.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
 1. Set `causal=False` in the module test. Does the layer still learn? Should it?
@@ -1034,7 +1036,10 @@ if __name__ == "__main__":
    take?
 3. Write a mask for two sentences packed into one row, so that neither sees the other. Which positions would
    you give them?
+"""
 
+# %% [markdown]
+"""
 ## Design note: keep the weights, or compute them again?
 
 For the backward pass we keep the weights, (B, H, T, S) numbers for each layer. FlashAttention (Dao et al.

@@ -349,8 +349,8 @@ nothing in its way. That is *pre-norm*, as in GPT-2; the first transformer norma
       \\                 |  \\                 |
        norm1 - attention    norm2 - mlp
 
-By hand, with simple parts (norm1 multiplies by 5, attention adds 10, norm2 multiplies by 4, mlp adds 100) and
-x = 1:
+By hand, with simple parts (norm1 multiplies by 5, attention adds 10, norm2 multiplies by 4, mlp adds 100)
+and x = 1:
 
     1 + (5 * 1 + 10) = 16        16 + (4 * 16 + 100) = 180
 
@@ -512,7 +512,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Build** `hidden`: everything up to the head. Three lines of the class deserve a word.
+**Build** `hidden`: everything up to the head. It is the longest cell of the lesson, because a class stands
+in one cell. Three things in it deserve a word.
 
 * `forward` takes a `cache`. Lesson 17 makes such a thing; all that this model knows is that a cache can
   attach itself for the length of a `with` block, and that it has no use in training, where gradients need
@@ -1026,14 +1027,20 @@ if __name__ == "__main__":
 * An untrained model's loss is log V. Residual weights start smaller by sqrt(2L).
 * `generate` runs what is new, asks the last position, appends. Without a cache, everything is new every
   time.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
 1. Move the norms behind the additions (post-norm) and train with 8 blocks. Compare the first 50 losses.
 2. Set `tie_weights=False` in `train_on`. How many parameters more, and what happens to the loss after 200
    steps?
 3. Replace the learned positions by the sinusoidal ones of lesson 11. Does the loss after 200 steps change?
+"""
 
+# %% [markdown]
+"""
 ## Design note: where does the norm stand?
 
 The first transformer normalised after each addition and needed a learning rate that warmed up slowly. GPT-2
