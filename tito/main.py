@@ -6,7 +6,6 @@ quick; tests/architecture/test_budgets.py measures that.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,6 @@ Begin with `tito module list` and `tito module start 01`. A lesson is named by n
 memoization or 17_memoization."""
 STYLE = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
 STYLE["context_settings"] = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
-INTERRUPTED, UNEXPECTED = 130, 70
 
 
 class _Ordered(typer.core.TyperGroup):
@@ -32,7 +30,7 @@ class _Ordered(typer.core.TyperGroup):
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-ORDER = ["module", "status", "doctor", "demo", "generate", "dev"]
+ORDER = ["module", "status", "doctor", "demo", "generate", "explore", "dev"]
 app = typer.Typer(**STYLE, cls=_Ordered, invoke_without_command=True, help=HELP)
 module = typer.Typer(**STYLE, invoke_without_command=True, help="Work on a lesson.")
 dev = typer.Typer(**STYLE, invoke_without_command=True, help="For those who write lessons.")
@@ -41,6 +39,7 @@ app.add_typer(dev, name="dev")
 
 LessonName = Annotated[str, typer.Argument(metavar="LESSON", help="17, memoization or 17_memoization.")]
 LessonNames = Annotated[list[str] | None, typer.Argument(metavar="LESSON", help="All, where none is named.")]
+Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help="A GPT of `tito demo --train`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 
 
@@ -141,10 +140,10 @@ def doctor(json: Json = False) -> int:
 
 @app.command()
 def demo(
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the GPT that comes with the course.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Train a GPT first, about two minutes.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 120,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 120,
 ) -> int:
     """See the whole idea at work: a GPT with and without the KV cache."""
     from tito.student import demo as job
@@ -157,17 +156,34 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="A GPT of `tito demo --train`.")] = None,
+    checkpoint: Checkpoint = None,
     cache: Annotated[bool, typer.Option(help="Generate with the KV cache.")] = True,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 120,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="Choose among the k likeliest.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed, the same text.")] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 120,
 ) -> int:
     """Continue a text with the GPT built from your package."""
     from tito.student import demo as job
 
     return job.run_generate(_course(), prompt, checkpoint, tokens, cache, temperature, top_k, seed)
+
+
+@app.command()
+def explore(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kv-cache")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path("cache.html"),
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 32,
+    checkpoint: Checkpoint = None,
+) -> int:
+    """Write an interactive page of a generation and its KV cache."""
+    from tito.student import demo
+    from tito.student import explore as job
+
+    if what != "kv-cache":
+        raise CourseError(f"There is nothing to explore called '{what}'.", "`tito explore kv-cache` is there.")
+    return job.run_explore(_course(), prompt or demo.PROMPT, out, tokens, checkpoint)
 
 
 @dev.command()
@@ -187,41 +203,10 @@ def verify(lessons: LessonNames = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line; returns the exit code. Every error becomes words here."""
-    from tito import show
+    """Run one command line; returns the exit code."""
+    from tito import guard
 
-    show.prepare()
-    json = "--json" in arguments
-    try:
-        result = app(arguments, prog_name="tito", standalone_mode=False)
-        sys.stdout.flush()
-        if result == INTERRUPTED:  # how newer versions of Typer hand over Ctrl-C
-            show.problem("stopped.")
-        return result if isinstance(result, int) else 0
-    except CourseError as error:
-        show.problem(error.message, error.hint, json)
-        return 1
-    except (KeyboardInterrupt, typer.Abort):
-        show.problem("stopped.")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a wrong command line
-            show.problem(*_usage(error), json)
-            return 2
-        if os.environ.get("TITO_DEBUG"):
-            raise
-        show.crash(error)
-        return UNEXPECTED
-
-
-def _usage(error) -> tuple[str, str]:
-    """What is wrong with a command line, and where to look."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "tito"
-    return error.format_message(), f"`{path} --help` shows what it takes."
+    return guard.run(app, arguments)
 
 
 def main() -> None:

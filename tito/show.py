@@ -98,7 +98,7 @@ def rows(table: list[tuple[str, ...]], header: tuple[str, ...] = (), indent: int
         for column, cell in enumerate(row[:-1]):
             space = " " * (widths[column] - len(cell))
             padded = space + cell if column in right else cell + space
-            styled.append(padded + "  ", "dim" if header and number == 0 else STATES.get(cell, ""))
+            styled.append(padded + "  ", "dim" if header and number == 0 else STATES.get(cell.strip(), ""))
         last = row[-1].rjust(widths[-1]) if len(row) - 1 in right else row[-1]
         style = "dim" if header and number == 0 else STATES.get(row[-1], "")
         styled.append(wrapped(last, " " * styled.cell_len)[styled.cell_len :], style)

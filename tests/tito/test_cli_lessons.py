@@ -68,8 +68,11 @@ class TestTest:
     def test_an_empty_notebook_earns_nothing_and_says_which_exercises_are_to_do(self, course):
         done = course.tito("module", "test", "1")
         assert done.returncode == 1
-        assert "0 of 6 points." in done.stdout and done.stdout.count("FAIL") == 3
-        assert "Exercise 01-double (Twice a number) is still to be written" in done.stdout
+        table = rows(done.stdout)
+        assert ["to", "do", "0/2", "Twice", "a", "number", "01-double-test"] in table
+        assert ["to", "do", "0/3", "The", "sum", "01-total-test"] in table
+        assert ["waits", "for", "01-double"] in table  # the check of the whole lesson
+        assert "0 of 6 points." in done.stdout and "2 exercises still to be written, from 01-double on." in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
 
     def test_a_wrong_notebook_shows_each_check_with_points_cell_and_message(self, course):
@@ -81,6 +84,25 @@ class TestTest:
         assert ["pass", "3/3", "The", "sum", "01-total-test"] in table
         assert "cell 4: double(4): got 4, expected 8: was the factor forgotten?" in done.stdout
         assert "3 of 6 points." in done.stdout and "tito module hint 01 double" in done.stdout
+
+    def test_a_check_that_was_deleted_or_changed_says_so(self, course):
+        path = course.solve("1")
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells = {cell["id"]: cell for cell in notebook["cells"]}
+        cells["01-double-test"]["source"] = ["pass\n"]
+        notebook["cells"] = [cell for cell in notebook["cells"] if cell["id"] != "01-total-test"]
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+        done = course.tito("module", "test", "1")
+        assert done.returncode == 1 and "1 of 6 points." in done.stdout
+        assert "was changed" in done.stdout and "was deleted" in done.stdout and "tito module reset 01" in done.stdout
+
+    def test_a_failure_elsewhere_in_the_notebook_is_noted(self, course):
+        path = course.solve("1", double="return x")
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        extra = {"cell_type": "code", "id": "mine", "metadata": {}, "source": "1 / 0", "outputs": []}
+        notebook["cells"].append({**extra, "execution_count": None})
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+        assert "ZeroDivisionError" in course.tito("module", "test", "1").stdout
 
     def test_a_right_notebook_passes_and_nothing_is_changed(self, course):
         course.solve("1")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from tito import show
-from tito.course import notebook, progress
+from tito.course import progress
 from tito.course.errors import CourseError
 from tito.course.manifest import Course, Lesson
-
-NOT_YET = ("NotImplementedError", "still to be written")  # what a hole says as it is released
+from tito.student.standing import unwritten
 
 
 def hint(course: Course, name: str, exercise: str | None = None, json: bool = False) -> int:
@@ -46,7 +45,7 @@ def _take(course: Course, grade_id: str, most: int) -> int:
 
 def _overview(course: Course, lesson: Lesson, json: bool) -> int:
     """The exercises, which are written, and how many hints were taken."""
-    empty = _empty_holes(lesson)
+    empty = unwritten(lesson)
     taken = progress.read(course.root).hints
     ids = [f"{lesson.number}-{exercise.id}" for exercise in lesson.exercises]
     rows = [(e, i not in empty, taken.get(i, 0)) for e, i in zip(lesson.exercises, ids)]
@@ -67,9 +66,3 @@ def _overview(course: Course, lesson: Lesson, json: bool) -> int:
     else:
         show.steps((f"tito module test {lesson.number}", "see which checks pass"))
     return 0
-
-
-def _empty_holes(lesson: Lesson) -> set[str]:
-    """Grade ids of the holes that still raise what they were released with."""
-    cells = notebook.read(lesson.notebook)
-    return {cell.grade_id for cell in cells if cell.is_hole and all(word in cell.source for word in NOT_YET)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
-from tito.course import progress, released
+from tito.course import notebook, progress, released
 from tito.course.manifest import Course, Lesson
 
+NOT_YET = ("NotImplementedError", "still to be written")  # what a hole says as it is released
 WHOSE = {"learner": "yours", "reference": "reference", "changed": "changed", "missing": "missing"}
 
 
@@ -58,6 +59,12 @@ def was_edited(lesson: Lesson) -> bool:
         return hashlib.sha256(lesson.notebook.read_bytes()).hexdigest() != lesson.notebook_digest
     except OSError:
         return False
+
+
+def unwritten(lesson: Lesson) -> list[str]:
+    """Grade ids of the holes that are as they were released, in order."""
+    cells = notebook.read(lesson.notebook)
+    return [cell.grade_id for cell in cells if cell.is_hole and all(word in cell.source for word in NOT_YET)]
 
 
 def next_lesson(course: Course, all_standings: list[Standing]) -> Lesson | None:

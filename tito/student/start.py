@@ -14,6 +14,8 @@ from tito.course.errors import CourseError
 from tito.course.manifest import Course, Lesson
 from tito.student.standing import Standing, standings
 
+MOST_NAMES = 12
+
 
 def start(course: Course, name: str, open_notebook: bool = True) -> int:
     """Describe the lesson and open its notebook in JupyterLab where there is one and a person at a terminal."""
@@ -45,13 +47,21 @@ def describe(lesson: Lesson, known: dict[str, Standing]) -> None:
     show.rows([
         ("Exercises", f"{len(lesson.exercises)}: {exercises}" if exercises else "none"),
         ("Needs", ", ".join(needs) or "nothing before it"),
-        ("Exports", f"{', '.join(lesson.exports) or 'nothing'}"),
+        ("Exports", _exports(lesson)),
         ("Into", f"{own.file} (now: {own.whose})"),
         ("Notebook", str(lesson.notebook)),
     ])  # fmt: skip
     if any(known[n].whose == "reference" for n in lesson.needs if n in known):
         show.line()
         show.line("What is marked reference comes with the course, so you can begin here.", style="dim")
+
+
+def _exports(lesson: Lesson) -> str:
+    """The names that the lesson gives to the package, those of its exercises first."""
+    own = [name for exercise in lesson.exercises for name in exercise.exports]
+    names = list(dict.fromkeys([*own, *lesson.exports]))
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "") or "nothing"
 
 
 def _can_open() -> bool:

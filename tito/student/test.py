@@ -7,6 +7,9 @@ from tito.course import transaction
 from tito.course.manifest import Course, Lesson
 from tito.course.runner import CheckResult, TestRun
 from tito.course.transaction import Completion
+from tito.student.standing import NOT_YET, unwritten
+
+MOST_NOTES = 5
 
 
 def test(course: Course, name: str, json: bool = False) -> int:
@@ -28,12 +31,13 @@ def test(course: Course, name: str, json: bool = False) -> int:
 def report(lesson: Lesson, result: Completion) -> None:
     """The run as a learner reads it: checks, what stopped it, progressive tests, points."""
     run = result.run
+    to_do = [] if run.passed else unwritten(lesson)
     show.heading(f"Lesson {lesson.number}: {lesson.title}", str(lesson.notebook.relative_to(lesson.root)))
     show.line()
     columns = max(len(check.title) for check in run.checks), max(len(check.id) for check in run.checks)
     for check in run.checks:
-        show_check(check, *columns)
-    for note in run.notes:
+        show_check(check, waits_for(lesson, check, to_do), *columns)
+    for note in [note for note in run.notes if NOT_YET[1] not in note][:MOST_NOTES]:
         show.line(note, indent=2, style="dim")
     if run.problem:
         show.line()
@@ -45,16 +49,32 @@ def report(lesson: Lesson, result: Completion) -> None:
     show_tests(result.tests)
     show.line()
     show.line(f"{run.earned} of {show.count(run.points, 'point')}.", style="bold")
+    if to_do:
+        show.line(f"{show.count(len(to_do), 'exercise')} still to be written, from {to_do[0]} on.")
 
 
-def show_check(check: CheckResult, titles: int, ids: int) -> None:
+def waits_for(lesson: Lesson, check: CheckResult, to_do: list[str]) -> str | None:
+    """The exercise that a failed check waits for because nothing is written there yet; None if it is not that."""
+    if check.passed or check.cell is None or not to_do:
+        return None
+    own = check.id.removesuffix("-test")
+    if own in to_do:
+        return own
+    if not any(own == f"{lesson.number}-{exercise.id}" for exercise in lesson.exercises):
+        return to_do[0]  # a check of the whole lesson
+    return next((grade_id for grade_id in to_do if f"Exercise {grade_id} " in check.message), None)
+
+
+def show_check(check: CheckResult, waiting: str | None, titles: int, ids: int) -> None:
     """One check in one row; below it, where it is and what its failure says."""
     points = f"{check.earned}/{check.points}"
-    mark = "pass" if check.passed else "FAIL"
+    mark = "pass " if check.passed else "to do" if waiting else "FAIL "
     show.rows([(mark, points.rjust(5), check.title.ljust(titles), check.id.ljust(ids))])
-    if not check.passed:
+    if waiting and waiting != check.id.removesuffix("-test"):
+        show.line(f"waits for {waiting}", indent=9, style="dim")
+    elif not check.passed and not waiting:
         where = f"cell {check.cell}: " if check.cell else ""
-        show.line(f"{where}{check.message}", indent=8)
+        show.line(f"{where}{check.message}", indent=9)
 
 
 def show_tests(tests: TestRun | None) -> None:
