@@ -23,7 +23,8 @@ def run(app, arguments: list[str]) -> int:
     json = "--json" in arguments
     try:
         result = app(arguments, prog_name="tito", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed before we began
+            sys.stdout.flush()
         if result == INTERRUPTED:  # how newer versions of Typer hand over Ctrl-C
             show.problem("stopped.")
         return result if isinstance(result, int) else 0
@@ -35,6 +36,12 @@ def run(app, arguments: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # no rights, no room, a file where a folder should be
+        if os.environ.get("TITO_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        show.problem(f"{where}{error.strerror or error}.", "`tito doctor` looks for what is wrong here.", json)
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a wrong command line

@@ -109,6 +109,16 @@ class TestWrongInput:
             assert "progress.json cannot be read" in expect(course.tito(*arguments), 1).stderr
         assert path.read_text(encoding="utf-8") == "{"
 
+    def test_what_the_system_refuses_is_said_with_its_path(self, course):
+        (course.root / ".tito").write_text("a file where tito keeps its folder", encoding="utf-8")
+        done = expect(course.tito("module", "list"), 1)
+        assert ".tito" in done.stderr and "tito doctor" in done.stderr and "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("command", ["build", "verify"])
+    def test_a_maintainers_command_needs_the_sources(self, course, command):
+        done = expect(course.tito("dev", command), 1)
+        assert "No src/course.toml" in done.stderr and "maintainers' repository" in done.stderr
+
     def test_an_error_of_ours_is_one_clear_line(self, course, tmp_path):
         broken = tmp_path / "broken"
         broken.mkdir()
