@@ -25,7 +25,7 @@ popular, which learns its own vocabulary from text and can write down *anything*
 | You build | `CharTokenizer`, `BPETokenizer` |
 | You need | no earlier lesson; only Python's standard library |
 | Exported to | `tinytorch/text/tokenization.py` |
-| Time | about 80 minutes |
+| Time | about 90 minutes |
 """
 
 # %%
@@ -351,14 +351,14 @@ find the two neighbours that stand together most often, and give that pair an id
 
 We treat `banana` and `bandana` as two *words*: no pair reaches across the gap. A word that occurs seven times
 is stored once, with the *weight* 7.
-
-**Ties.** After the first merge, two pairs occur twice. Any rule will do as long as it is a rule, or the same
-text gives different vocabularies on different days. Ours: **the largest count; among equals, the smallest
-pair of ids**.
 """
 
 # %% [markdown]
 """
+**Ties.** After the first merge, two pairs occur twice. Any rule will do as long as it is a rule, or the same
+text gives different vocabularies on different days. Ours: **the largest count; among equals, the smallest
+pair of ids**.
+
 **Predict.** In ids, a is 97, b is 98, n is 110, and the first new id is 256. Which two pairs are merged
 first?
 """
@@ -627,8 +627,8 @@ underscore.
 
 So we build the classes ourselves. `str.isalpha` is exactly category L; `str.isnumeric` is category N and some
 letters (a Chinese three is both); `str.isspace` is Unicode's white space and four control characters, which
-we take out. A class of a hundred thousand letters is only a few hundred ranges. We build it on first use,
-once.
+we take out. The letters are many, but they lie side by side, so the class is a list of ranges. We build it on
+first use, once.
 """
 
 # %%
@@ -686,7 +686,8 @@ def chunk_regex(letter, number, space):
 #| export
 @cache
 def chunk_pattern():
-    """GPT-2's pattern, compiled once; the classes are those of this Python's Unicode tables."""
+    """GPT-2's pattern, compiled once. It differs from GPT-2's own only for characters that this Python's Unicode
+    tables do not know yet (see unicodedata.unidata_version): those count as signs, alternative 4."""
     return re.compile(chunk_regex(*unicode_classes()))
 
 
@@ -1165,17 +1166,57 @@ def split_special(text, special_tokens):
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
 
+# %% [markdown]
+"""
+First what a tokenizer *knows*, and how it goes into a file and comes out of one; then what it *does*.
+"""
+
+# %%
+#| export
+class BPEState(Tokenizer):
+    """What a BPE tokenizer knows, and the ways in and out of it.
+
+    `byte_ids`: the id of each byte; `merges`: {pair: (rank, id)}; `special_tokens`: {text: id}; and
+    `tokens`: {id: bytes}, which follows from the other three.
+    """
+
+    def set_state(self, byte_ids, merges, special_tokens):
+        """Take over ids of bytes, merges as triples (left, right, new id) in order of rank, and special tokens."""
+        self.byte_ids, self.special_tokens, self._cache = list(byte_ids), dict(special_tokens), {}
+        self.tokens = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
+        self.merges = {}
+        for rank, (left, right, new_id) in enumerate(merges):
+            self.tokens[new_id] = self.tokens[left] + self.tokens[right]
+            self.merges[left, right] = rank, new_id
+        self.tokens.update((i, name.encode("utf-8")) for name, i in self.special_tokens.items())
+        return self
+
+    @property
+    def vocab_size(self):
+        return max(self.tokens) + 1
+
+    def to_dict(self):
+        merges = [[left, right, new_id] for (left, right), (_, new_id) in self.merges.items()]
+        return {"kind": "bpe", "byte_ids": self.byte_ids, "merges": merges, "special_tokens": self.special_tokens}
+
+    @classmethod
+    def from_dict(cls, state):
+        check_kind(state, "bpe")
+        return cls().set_state(state["byte_ids"], state["merges"], state["special_tokens"])
+
+    @classmethod
+    def from_gpt2_files(cls, vocab, merges):
+        """The tokenizer of the two files that GPT-2 and its relatives come with: vocab.json and merges.txt."""
+        return cls().set_state(*read_gpt2_files(vocab, merges))
+
 # %%
 #| export
 LONG_CHUNK = 64  # bytes; longer ones go through the heap and are not remembered
 CACHE_SIZE = 1 << 16  # chunks
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(BPEState):
     """Byte-level BPE: 256 bytes, then one id per merge, then the special tokens.
-
-    State: `byte_ids` (the id of each byte), `merges` {pair: (rank, id)}, `special_tokens` {text: id}, and
-    `tokens` {id: bytes}, which follows from them.
 
     >>> tokenizer = BPETokenizer().train("banana bandana banana", 259)
     >>> tokenizer.decode(tokenizer.encode("banana"))
@@ -1185,26 +1226,12 @@ class BPETokenizer(Tokenizer):
     def __init__(self, special_tokens=()):
         if isinstance(special_tokens, str) or "" in special_tokens:
             raise ValueError(f"special_tokens is a list of texts, none of them empty; got {special_tokens!r}")
-        self._set(range(256), [], {name: 256 + i for i, name in enumerate(dict.fromkeys(special_tokens))})
-
-    def _set(self, byte_ids, merges, special_tokens):
-        """Take over ids of bytes, merges as triples (left, right, new id) in order of rank, and special tokens."""
-        self.byte_ids, self.special_tokens, self._cache = list(byte_ids), dict(special_tokens), {}
-        self.tokens = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
-        self.merges = {}
-        for rank, (left, right, new_id) in enumerate(merges):
-            self.tokens[new_id] = self.tokens[left] + self.tokens[right]
-            self.merges[left, right] = rank, new_id
-        self.tokens.update((i, name.encode("utf-8")) for name, i in self.special_tokens.items())
-
-    @property
-    def vocab_size(self):
-        return max(self.tokens) + 1
+        self.set_state(range(256), [], {name: 256 + i for i, name in enumerate(dict.fromkeys(special_tokens))})
 
     def train(self, text, vocab_size):
         """Learn merges until there are `vocab_size` ids (fewer when no pair occurs twice); returns the tokenizer.
 
-        Ties: the largest count, then the smallest pair of ids. Same text, same vocabulary, on every machine.
+        Ties: the largest count, then the smallest pair of ids. Same text, same vocabulary.
         """
         utf8(text)  # says where a character is that has no bytes
         room = vocab_size - 256 - len(self.special_tokens)
@@ -1216,9 +1243,8 @@ class BPETokenizer(Tokenizer):
             counted.update(split_text(piece))
         pairs = learn_merges([list(utf8(chunk)) for chunk in counted], list(counted.values()), room)
         merges = [(*pair, 256 + rank) for rank, pair in enumerate(pairs)]
-        specials = {name: 256 + len(merges) + i for i, name in enumerate(self.special_tokens)}
-        self._set(range(256), merges, specials)
-        return self
+        first = 256 + len(merges)
+        return self.set_state(range(256), merges, {name: first + i for i, name in enumerate(self.special_tokens)})
 
     def encode(self, text, allow_special=False):
         """The ids of a text. With `allow_special`, the names of special tokens in it become their ids."""
@@ -1244,24 +1270,6 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids):
         """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
         return decode_tokens(ids, self.tokens)
-
-    def to_dict(self):
-        merges = [[left, right, new_id] for (left, right), (_, new_id) in self.merges.items()]
-        return {"kind": "bpe", "byte_ids": self.byte_ids, "merges": merges, "special_tokens": self.special_tokens}
-
-    @classmethod
-    def from_dict(cls, state):
-        check_kind(state, "bpe")
-        tokenizer = cls()
-        tokenizer._set(state["byte_ids"], state["merges"], state["special_tokens"])
-        return tokenizer
-
-    @classmethod
-    def from_gpt2_files(cls, vocab, merges):
-        """The tokenizer of the two files that GPT-2 and its relatives come with: vocab.json and merges.txt."""
-        tokenizer = cls()
-        tokenizer._set(*read_gpt2_files(vocab, merges))
-        return tokenizer
 
 # %% [markdown]
 """
@@ -1304,7 +1312,7 @@ if __name__ == "__main__":
 """
 ### Measure: what a larger vocabulary buys
 
-Train for three sizes on the first nine tenths of the help text; count on the last tenth, which the tokenizer
+Train for four sizes on the first nine tenths of the help text; count on the last tenth, which the tokenizer
 has not seen.
 """
 

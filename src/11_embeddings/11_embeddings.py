@@ -181,14 +181,14 @@ def test_unit_embedding_array():
     for wrong in (-1, 7):
         said = error_of(embedding_array, weight, np.array([3, wrong]))
         assert said, f"id {wrong} is outside of 0..6, but no error was raised (-1 is not the last row here)"
-        assert f"id {wrong} " in said and "7" in said, f"the error should name id {wrong} and 7, it says: {said}"
+        assert f"id {wrong}" in said and "7" in said, f"the error should name id {wrong} and 7, it says: {said}"
     ### BEGIN HIDDEN TESTS
     empty = embedding_array(weight, np.zeros((2, 0), int))
     assert empty.shape == (2, 0, 3), f"no ids give no rows: shape (2, 0, 3), got {empty.shape}"
     single = embedding_array(weight, np.array(5))
     assert single.shape == (3,) and np.array_equal(single, weight[5]), f"one id gives one row, got shape {single.shape}"
     said = error_of(embedding_array, weight, np.array([[0, 1], [2, 70]]))
-    assert "id 70 " in said, f"the error should name id 70, it says: {said}"
+    assert "id 70" in said, f"the error should name id 70, it says: {said}"
     ### END HIDDEN TESTS
 
 
@@ -673,12 +673,12 @@ def test_unit_choose_positions():
     for positions, seq_len, named in (([8], 1, "8"), (None, 9, "8"), ([3, -1], 2, "-1")):
         said = error_of(choose_positions, positions, seq_len, 8)
         assert said, f"positions {positions} of {seq_len} tokens do not fit max_seq_len 8, but no error was raised"
-        assert f"position {named} " in said and "max_seq_len" in said, (
+        assert f"position {named}" in said and "max_seq_len" in said, (
             f"the error should name position {named} and max_seq_len, it says: {said}")
     ### BEGIN HIDDEN TESTS
     assert np.asarray(choose_positions(None, 8, 8)).tolist() == list(range(8)), "exactly max_seq_len tokens do fit"
     said = error_of(choose_positions, np.array([[0, 1], [11, 12]]), 2, 12)
-    assert "position 12 " in said and "max_seq_len" in said, f"position 12 of 12 should be named, it says: {said}"
+    assert "position 12" in said and "max_seq_len" in said, f"position 12 of 12 should be named, it says: {said}"
     ### END HIDDEN TESTS
 
 
