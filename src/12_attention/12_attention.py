@@ -79,7 +79,10 @@ The score of query i for key j is their dot product. By hand, with D = 4 and one
     keys   [1, 0, 0, 0]   [2, 0, 0, 0]   [0, 3, 0, 0]
     query . key        2              4              0
     divided by sqrt(4) 1              2              0
+"""
 
+# %% [markdown]
+"""
 Why divide by sqrt(D)? A dot product of D random numbers of size 1 is about sqrt(D) in size, so with larger
 heads the softmax sees larger scores. The next cell measures what that does to the largest weight.
 """
@@ -202,7 +205,10 @@ So we add 0 where a key is visible and -inf where it is not, before the softmax:
     visible        [yes, no, yes]
     after adding   [1, -inf, 0]
     softmax        [e/(e+1), 0, 1/(e+1)] = [0.7311, 0, 0.2689]
+"""
 
+# %% [markdown]
+"""
 One trap is left: a row that sees **nothing**, such as a row of padding. There the maximum is -inf, and
 subtracting it from -inf gives NaN, which spreads to everything after it. We want zeros. Two small steps do
 it:
@@ -281,8 +287,11 @@ keeps keys in slots, some of them empty; an empty slot has the position -1 and i
     query at 4         x  x  x  x  x   .
     query at 4, w = 2  .  .  .  x  x   .      window: itself and the one before
     ... and 1 sink     x  .  .  x  x   .      the first position stays visible
+"""
 
-With a `window`, a key is visible where `query_pos - key_pos < window`, or where `key_pos < sinks`.
+# %% [markdown]
+"""
+**Build.** With a `window`, a key is visible where `query_pos - key_pos < window`, or where `key_pos < sinks`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "12-visible-mask", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -424,7 +433,10 @@ heads of a token side by side; attention wants one matrix (T, D) per head:
                               t1: [q0 q1 k0 v0]
     cut    (B, T, F / D, D)   one row of D numbers per head
     turned (B, F / D, T, D)   one matrix (T, D) per head
+"""
 
+# %% [markdown]
+"""
 The cut is a reshape, the turn swaps two axes. A reshape alone to (B, F / D, T, D) has the right shape and
 the wrong numbers: it mixes tokens with heads. Here is the way in, with its gradient rule; you write the way
 back.
@@ -496,7 +508,10 @@ head h // 2:
     query heads   0  1  2  3
     key heads     0  0  1  1      repeat: right
                   0  1  0  1      tile: right shape, wrong heads
+"""
 
+# %% [markdown]
+"""
 We could repeat the keys. That copies them for every token that we generate. Instead we **fold the
 queries**: the G = H / H_kv queries that share a key become G*T rows of one matrix, and the keys are read
 where they lie.
@@ -617,7 +632,7 @@ def attention_weights_rule(grad, weights, query, key, visible=None):
     return grad_query, grad_key
     ### END SOLUTION
 
-# %% nbgrader={"grade": true, "grade_id": "12-weights-rule-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+# %%
 def numeric_gradient(function, x, eps=1e-6):
     """d function(x) / dx by central differences, entry by entry."""
     result = np.zeros_like(x)
@@ -628,7 +643,7 @@ def numeric_gradient(function, x, eps=1e-6):
         result[index] = (function(up) - function(down)) / (2 * eps)
     return result
 
-
+# %% nbgrader={"grade": true, "grade_id": "12-weights-rule-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def check_weights_rule(query, key, visible):
     """attention_weights_rule against central differences in float64."""
     grad = np.random.default_rng(6).standard_normal((*query.shape[:-1], key.shape[-2]))
@@ -686,7 +701,8 @@ def check_shapes(query, key, value):
             "of the key heads"
         )
 
-
+# %%
+#| export
 def as_visible(mask, scores_shape):
     """A mask as a bool array that broadcasts to scores (B, H, T, S); (B, T, S) gets a head axis; None stays."""
     if mask is None:
@@ -837,7 +853,7 @@ class MultiHeadAttention(Module):
         return self.merge(self.attend(query, key, value, visible))
         ### END SOLUTION
 
-# %% nbgrader={"grade": true, "grade_id": "12-multi-head-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
+# %%
 def attention_in_loops(module, x):
     """Causal multi-head attention, one query and one head at a time, from the module's weights alone."""
     H, H_kv, D = module.num_heads, module.num_kv_heads, module.head_dim
@@ -851,7 +867,7 @@ def attention_in_loops(module, x):
         heads[b, t, h * D : (h + 1) * D] = sum(w * row[s, H + H_kv + shared] for s, w in enumerate(weights))
     return heads @ module.out_proj.weight.numpy().T + module.out_proj.bias.numpy()
 
-
+# %% nbgrader={"grade": true, "grade_id": "12-multi-head-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
 def test_unit_multi_head():
     """Plain loops over tokens and heads, with as many key heads as queries, and with shared ones."""
     rng = np.random.default_rng(8)
@@ -976,7 +992,7 @@ marked token; the task is to report, at the last position, the number that the m
 average cannot do it.
 """
 
-# %% nbgrader={"grade": true, "grade_id": "12-module-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %%
 def learn_to_look(steps=150):
     """Train one attention layer by plain gradient descent; the first and the last loss."""
     rng = np.random.default_rng(0)
@@ -996,7 +1012,7 @@ def learn_to_look(steps=150):
         losses.append(loss.item())
     return np.mean(losses[:10]), np.mean(losses[-10:])
 
-
+# %% nbgrader={"grade": true, "grade_id": "12-module-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_module():
     """Every check of the lesson, and a layer that learns where to look."""
     for check in (

@@ -348,7 +348,10 @@ nothing in its way. That is *pre-norm*, as in GPT-2; the first transformer norma
     x -----------------(+)-----------------(+)-----> x
       \\                 |  \\                 |
        norm1 - attention    norm2 - mlp
+"""
 
+# %% [markdown]
+"""
 By hand, with simple parts (norm1 multiplies by 5, attention adds 10, norm2 multiplies by 4, mlp adds 100)
 and x = 1:
 
@@ -846,7 +849,7 @@ def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=No
             break
     return ids
 
-# %% nbgrader={"grade": true, "grade_id": "13-generate-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
+# %%
 class Counter:
     """A model that says the next number, and notes how many tokens went through it and through its head."""
 
@@ -872,7 +875,7 @@ class CountingCache:
     def reset(self):
         self.seq_pos = 0
 
-
+# %% nbgrader={"grade": true, "grade_id": "13-generate-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
 def test_unit_generate():
     """Counting needs no model: 3, 4 is followed by 5, 6, 7; the numbers of tokens run are counted by hand."""
     model = Counter()
@@ -935,7 +938,8 @@ def like_prompt(ids, prompt):
         return Tensor(ids)
     return ids if isinstance(prompt, np.ndarray) else ids.tolist()
 
-
+# %%
+#| export
 @contextmanager
 def evaluating(model):
     """Evaluation mode without gradients for the length of a block; each module's own mode comes back."""

@@ -113,7 +113,7 @@ class MLP(Module):
         return self.dropout(self.down_proj(gelu(self.up_proj(x))))
 
 
-# %% cell 25 (13-block)
+# %% cell 26 (13-block)
 class TransformerBlock(Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)): (B, T, E) -> (B, T, E), causal."""
 
@@ -132,7 +132,7 @@ class TransformerBlock(Module):
         return x + self.mlp(self.norm2(x))
 
 
-# %% cell 29 (13-init)
+# %% cell 30 (13-init)
 def initial_std(name, num_layers):
     """The standard deviation with which the weight called `name` starts.
 
@@ -156,7 +156,7 @@ def init_weights(model, rng=None):
             parameter.data[...] = normal * initial_std(name, model.num_layers)
 
 
-# %% cell 35
+# %% cell 36
 def token_rows(ids):
     """Token ids as an integer array (B, T); one sequence (T,) becomes a batch of one."""
     ids = np.asarray(ids)
@@ -167,7 +167,7 @@ def token_rows(ids):
     return ids.reshape(-1, ids.shape[-1])
 
 
-# %% cell 36 (13-hidden)
+# %% cell 37 (13-hidden)
 class GPT(Module):
     """A decoder-only transformer in GPT-2's shape: ids (B, T) or (T,) -> logits (B, T, V).
 
@@ -224,7 +224,7 @@ class GPT(Module):
         return like_prompt(ids, prompt)
 
 
-# %% cell 48 (13-probabilities)
+# %% cell 49 (13-probabilities)
 def next_probabilities(logits, temperature=1.0, top_k=None):
     """The probability of each next token: logits (B, V) -> (B, V), float64; with top_k only the k best (and ties).
 
@@ -240,7 +240,7 @@ def next_probabilities(logits, temperature=1.0, top_k=None):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-# %% cell 51
+# %% cell 52
 def sample_next(logits, temperature=0, top_k=None, rng=None):
     """One token id per row of logits (B, V) -> (B,): the largest at temperature 0, else drawn with `rng`."""
     if temperature < 0:
@@ -254,7 +254,7 @@ def sample_next(logits, temperature=0, top_k=None, rng=None):
     return np.argmax(ends > rng.random((len(ends), 1)) * ends[:, -1:], axis=-1)
 
 
-# %% cell 54 (13-generate)
+# %% cell 55 (13-generate)
 def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None):
     """The loop of `generate`, on model.hidden and model.head: ids (B, P) -> (B, P + n), n <= max_new_tokens."""
     if cache is not None and max_new_tokens and cache.seq_pos:
@@ -273,7 +273,7 @@ def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=No
     return ids
 
 
-# %% cell 57
+# %% cell 59
 def check_prompt(prompt, max_new_tokens, max_seq_len):
     """The prompt as a new array (B, P), or a ValueError that says what does not fit."""
     ids = token_rows(prompt)
@@ -295,6 +295,7 @@ def like_prompt(ids, prompt):
     return ids if isinstance(prompt, np.ndarray) else ids.tolist()
 
 
+# %% cell 60
 @contextmanager
 def evaluating(model):
     """Evaluation mode without gradients for the length of a block; each module's own mode comes back."""
