@@ -336,7 +336,10 @@ The probability in GELU has no simple formula. GPT-2 uses the approximation of H
 
 **Picture.** At x = 1: the bracket is 1.044715; times 0.797885 that is 0.833562; tanh 0.682384; so gelu(1) =
 0.5 * 1.682384 = 0.841192.
+"""
 
+# %% [markdown]
+"""
 **Build.** Two traps of NumPy wait here. `np.sqrt(...)` of a Python number gives a float64 scalar, and one
 float64 scalar turns the whole float32 array into float64; `math.sqrt` does not, so the constant below uses
 it. And `x ** 3` calls a general power function that is far slower than `x * x * x`: the next cell measures
@@ -486,12 +489,22 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Build.** Softmax and log-softmax share this first step, so it gets its own function. `dim` says along
-which dimension the scores compete: -1 means within each row.
+Softmax and log-softmax share this first step, so it gets its own function. `dim` says along which dimension
+the scores compete: -1 means within each row.
+"""
 
-One decision hides here. Attention (lesson 12) hides scores by setting them to `-inf`. In a row where
-*everything* is hidden the largest score is `-inf`, and `-inf - (-inf)` is NaN. We hold the largest value at
-or above the smallest finite number, `np.finfo(x.dtype).min`. Such a row then stays `-inf`.
+# %%
+if __name__ == "__main__":
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hidden_row = np.full(3, -np.inf, np.float32)
+        print("a row of -inf, minus its largest value:", hidden_row - hidden_row.max())
+
+# %% [markdown]
+"""
+**Build** the shift. One decision hides in it. Attention (lesson 12) hides scores by setting them to `-inf`.
+In a row where *everything* is hidden the largest score is `-inf`, and `-inf - (-inf)` is NaN. We hold the
+largest value at or above the smallest finite number, `np.finfo(x.dtype).min`. Such a row then stays `-inf`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "02-shift", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -759,7 +772,7 @@ def log_softmax(x, dim=-1):
     ### END SOLUTION
 
 
-# %% nbgrader={"grade": true, "grade_id": "02-door-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %%
 class Recorder:
     """An engine that only writes down what passes the door."""
 
@@ -770,6 +783,7 @@ class Recorder:
         self.seen.append((op.__name__, params))
 
 
+# %% nbgrader={"grade": true, "grade_id": "02-door-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_door():
     """Oracle: what an engine behind the door sees, and columns that sum to 1."""
     recorder, x = Recorder(), Tensor([[1.0, 2.0], [3.0, 5.0]])
@@ -929,6 +943,10 @@ def print_table():
         print(f"{function.__name__:14s}", *(f"{v:7.3f}" for v in function(x)))
 
 
+if __name__ == "__main__":
+    print_table()
+
+# %% nbgrader={"grade": false, "grade_id": "02-measure-plot", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def plot_activations():
     """Draw the five curves (needs matplotlib)."""
     try:
@@ -942,9 +960,6 @@ def plot_activations():
     plt.legend()
     plt.show()
 
-
-if __name__ == "__main__":
-    print_table()
 
 # %% [markdown]
 """
@@ -985,7 +1000,10 @@ if __name__ == "__main__":
   a share.
 * One float64 scalar makes a float64 array: `math.sqrt`, not `np.sqrt`, for constants.
 * An operation is an array function; `apply` brings Tensors in, and the engine sees every call.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
 1. Write `leaky_relu_array(x, slope=0.01)` in one line, for any slope between 0 and 1, without `np.where`.
@@ -1005,7 +1023,10 @@ attention uses another softmax, `torch._safe_softmax`, which returns 0 for such 
 shouts about a mistake, 0 lets a correct program with padding run. We take 0 everywhere, because our softmax
 serves attention first. A loss that needs the logarithm of such a share is still infinite, so the mistake
 does not stay unseen.
+"""
 
+# %% [markdown]
+"""
 ## What comes next
 
 Our modules own nothing, and nobody can ask a list of them for its parameters. Lesson 03 builds layers that

@@ -86,7 +86,10 @@ What it computes is old: a matrix product and a bias.
 
     y[0] = 1*1 + 2*0 + 3*0 + 10 = 11            y = x @ weight.T + bias
     y[1] = 1*0 + 2*1 + 3*1 + 20 = 25
+"""
 
+# %% [markdown]
+"""
 Only the last dimension is used up. Everything in front of it (batch, positions) is carried along.
 
 **Predict.** An input of shape (2, 5, 4) goes through a linear layer from 4 to 8. Which shape comes out? And
@@ -132,7 +135,7 @@ def linear_array(x, weight, bias=None):
         raise ValueError(f"linear: last dimension must be in_features={weight.shape[1]}, got shape {x.shape}")
     if x.dtype.kind != "f":
         x = x.astype(weight.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., in) -> (N, in)
+    rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (N, in)
     ### BEGIN SOLUTION
     y = rows @ weight.T  # (N, out)
     if bias is not None:
@@ -167,8 +170,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Measure.** The same product for 256 sequences of one token each, once as NumPy does it for three dimensions,
-once over flattened rows.
+**Measure.** The same product for 256 sequences of one token each, once as NumPy does it for three
+dimensions, once over flattened rows.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-measure-rows", "locked": true, "schema_version": 3, "solution": false, "task": false}
@@ -539,7 +542,7 @@ def walk_parameters(module, prefix=""):
     ### END SOLUTION
 
 
-# %% nbgrader={"grade": true, "grade_id": "03-walk-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+# %%
 class Leaf(Module):
     """A module with one parameter, for the checks."""
 
@@ -556,6 +559,7 @@ class Tree(Module):
         self.scale = Parameter([3.0])
 
 
+# %% nbgrader={"grade": true, "grade_id": "03-walk-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_walk():
     """Oracle: the names of the picture, written out."""
     found = dict(walk_parameters(Leaf(5)))
@@ -661,7 +665,10 @@ in eval mode. So the kept ones are multiplied by 1 / (1 - p), and the mean stays
 
     x          1     1     1     1       sum 4
     dropped   4/3    0    4/3   4/3      sum 4
+"""
 
+# %% [markdown]
+"""
 **Predict.** With p = 0.2: by which factor is a kept value multiplied?
 """
 
@@ -914,7 +921,7 @@ class Sequential(Module):
         return [module for _, module in self.named_children()][index]
 
 
-# %% nbgrader={"grade": true, "grade_id": "03-sequential-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %%
 class Add(Module):
     """A module that adds a number, for the checks."""
 
@@ -925,6 +932,7 @@ class Add(Module):
         return x + self.amount
 
 
+# %% nbgrader={"grade": true, "grade_id": "03-sequential-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_sequential():
     """Oracle: the chain written out by hand."""
     chain = Sequential(Add(-3.0), ReLU(), Add(1.0))
@@ -972,7 +980,7 @@ All checks once more, and one scenario: a model with a shared weight is trained 
 a fresh model, and gives the same answer in eval mode. A state that does not fit changes nothing.
 """
 
-# %% nbgrader={"grade": true, "grade_id": "03-module-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+# %%
 def make_model(seed):
     """A chain whose last layer shares the weight of the first."""
     rng = np.random.default_rng(seed)
@@ -981,6 +989,7 @@ def make_model(seed):
     return model
 
 
+# %% nbgrader={"grade": true, "grade_id": "03-module-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_module():
     """Oracle: the same model on both sides of a save, and a count by hand."""
     checks = [test_unit_linear, test_unit_initial, test_unit_walk, test_unit_shared, test_unit_linear_layer]
@@ -1021,7 +1030,10 @@ if __name__ == "__main__":
 * A module finds its parameters by walking its attributes when asked; a shared one counts once.
 * `train()` and `eval()` set one flag everywhere; dropout is the first to look at it.
 * Loading compares everything first, then writes everything or nothing.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
 1. Exchange the second layer of a `Sequential` by `setattr(model, "1", other)`. Does `state_dict()` follow?
@@ -1041,7 +1053,10 @@ have a place. The price: a plain list of modules is *not* seen, its weights are 
 so `ModuleList` exists. Walking the attributes, as here and in Equinox (a JAX library whose modules are
 plain trees), needs no second bookkeeping that can disagree with the first. The price is the walk itself,
 measured above. Ask for the parameters once per training run, not once per number.
+"""
 
+# %% [markdown]
+"""
 ## What comes next
 
 A model answers, but nobody has told it yet how wrong it is. Lesson 04 turns answer and truth into one

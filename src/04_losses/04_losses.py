@@ -211,7 +211,10 @@ entropy*.
 **Picture.** Logits with shares [1/8, 2/8, 5/8], as in lesson 02:
 
     target 2:  -log(5/8) = 0.470        target 0:  -log(1/8) = 2.079
+"""
 
+# %% [markdown]
+"""
 **Predict.** An untrained model gives every one of 65 characters the same share. What is its loss? (You may
 write `math.log`.)
 """
@@ -238,8 +241,7 @@ if __name__ == "__main__":
 Remember this number. A model that starts well above it is initialised badly; a model that stays there has
 learned nothing.
 
-**The need.** The obvious code takes softmax, picks, takes the logarithm. We try it where a model is very
-wrong.
+The obvious code takes softmax, picks, takes the logarithm. We try it where a model is very wrong.
 """
 
 # %%
@@ -619,6 +621,10 @@ def print_both_ways():
         print(f"x = {x:4d}: through the probability {by_share:8.4f}, from the logit {by_logit:9.4f}")
 
 
+if __name__ == "__main__":
+    print_both_ways()
+
+# %% nbgrader={"grade": false, "grade_id": "04-measure-plot", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def plot_losses():
     """Draw the loss of both answers over the logit (needs matplotlib)."""
     try:
@@ -633,9 +639,6 @@ def plot_losses():
     plt.show()
 
 
-if __name__ == "__main__":
-    print_both_ways()
-
 # %% [markdown]
 """
 **Look back.** Cross entropy over two classes and binary cross entropy are the same thing. Which logits
@@ -647,7 +650,7 @@ would the two classes need? (Exercise 1 lets you check your answer.)
 ## 6. How does a loss reach the engine?
 
 As everything does: through `apply`. Prediction and target are inputs, `ignore_index` is a parameter with a
-name. These two are the worked siblings.
+name. These three are the worked siblings.
 """
 
 # %%
@@ -787,7 +790,10 @@ if __name__ == "__main__":
 * Cross entropy is the mean surprise -log(share); a model without an idea has log(C).
 * Ignored targets count neither in the sum nor in the number of terms.
 * Join log with softmax or sigmoid on paper; then nothing is infinite and nothing is flat.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
 1. For two classes, `cross_entropy` of the logits `[0, x]` and `binary_cross_entropy_with_logits` of `x` are
@@ -803,19 +809,24 @@ if __name__ == "__main__":
 ## Design note: the largest array of the whole training step
 
 The logits of a language model have one number per token *and per word of the vocabulary*. The cell below
-computes their bytes. Nothing else in the forward pass of a small GPT is as large, and the loss wants two or
-three arrays of that size. So real systems do not make them: they compute the loss in blocks of the
-vocabulary and keep only the maximum and the sum of exps per row, which is all that log-softmax needs. One
-such system is Cut Cross-Entropy (Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models",
+computes their bytes. It prints them beside the attention scores of one layer, the next candidate. The loss
+wants two or three arrays of that size. So real systems do not make them: they compute the loss in blocks of
+the vocabulary and keep only the maximum and the sum of exps per row, which is all that log-softmax needs.
+"""
+
+# %% [markdown]
+"""
+One such system is Cut Cross-Entropy (Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models",
 arXiv:2411.09009). The trade-off is code that fuses the last layer with the loss, so that logits are never
 there to look at.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "04-measure-logits-bytes", "locked": true, "schema_version": 3, "solution": false, "task": false}
 if __name__ == "__main__":
-    rows, vocab_size = 8 * 1024, 50257
-    gib = rows * vocab_size * 4 / 2**30
-    print(f"8 sequences of 1024 tokens, vocabulary of GPT-2: {gib:.2f} GiB of float32 logits")
+    batch_size, seq_len, num_heads, vocab_size = 8, 1024, 12, 50257  # GPT-2, 124 million parameters
+    logits = batch_size * seq_len * vocab_size * 4 / 2**30
+    scores = batch_size * num_heads * seq_len * seq_len * 4 / 2**30
+    print(f"8 sequences of 1024 tokens, logits {logits:.2f} GiB, scores of one layer {scores:.2f} GiB")
 
 # %% [markdown]
 """

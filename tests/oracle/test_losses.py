@@ -42,6 +42,13 @@ def test_cross_entropy_of_one_row_and_of_a_hidden_class():
     same(cross_entropy(Tensor(logits), np.array(1)), F.cross_entropy(torch.from_numpy(logits), torch.tensor(1)))
 
 
+def test_nothing_that_counts_is_nan_there_and_an_error_here():
+    logits, target = np.zeros((2, 3), np.float32), np.full(2, -100)
+    assert F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(target)).isnan()
+    with pytest.raises(ValueError, match="nothing to average"):
+        cross_entropy(Tensor(logits), target)
+
+
 @pytest.mark.parametrize("target", [5, -1])
 def test_both_refuse_a_class_that_does_not_exist(target):
     logits = np.zeros((2, 5), np.float32)

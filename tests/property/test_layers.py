@@ -45,7 +45,8 @@ def expected_names(tree, prefix=""):
     """(name, pool number) in the promised order: own parameters, then children; written on plain data."""
     opened = []
     for name, entry in tree.items():
-        opened += [(f"{name}.{i}", item) for i, item in enumerate(entry)] if isinstance(entry, list) else [(name, entry)]
+        entries = [(f"{name}.{i}", item) for i, item in enumerate(entry)] if isinstance(entry, list) else None
+        opened += [(name, entry)] if entries is None else entries
     found = [(prefix + name, entry) for name, entry in opened if isinstance(entry, int)]
     for name, entry in opened:
         if isinstance(entry, dict):

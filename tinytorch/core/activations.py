@@ -93,7 +93,7 @@ def silu_array(x):
     return x * sigmoid_array(x)
 
 
-# %% cell 30 (02-gelu)
+# %% cell 31 (02-gelu)
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
@@ -116,7 +116,7 @@ def gelu_array(x):
     return inner
 
 
-# %% cell 41 (02-shift)
+# %% cell 44 (02-shift)
 def shift_array(x, dim):
     """Subtract from floating x its largest value along dim, so that this becomes 0; a row of -inf stays -inf.
 
@@ -127,7 +127,7 @@ def shift_array(x, dim):
     return x - peak
 
 
-# %% cell 44 (02-softmax)
+# %% cell 47 (02-softmax)
 def softmax_array(x, dim=-1):
     """Turn scores into shares that are positive and sum to 1 along dim; same shape as x.
 
@@ -145,7 +145,7 @@ def softmax_array(x, dim=-1):
     return shares
 
 
-# %% cell 53 (02-log-softmax)
+# %% cell 56 (02-log-softmax)
 def log_softmax_array(x, dim=-1):
     """Return the logarithm of softmax, without ever taking the logarithm of a share; same shape as x.
 
@@ -159,7 +159,7 @@ def log_softmax_array(x, dim=-1):
     return shifted
 
 
-# %% cell 58
+# %% cell 61
 def relu(x):
     """ReLU of a Tensor: max(x, 0)."""
     return apply(relu_array, x)
@@ -175,7 +175,7 @@ def tanh(x):
     return apply(tanh_array, x)
 
 
-# %% cell 59
+# %% cell 62
 def gelu(x):
     """GELU of a Tensor in its tanh form: torch.nn.functional.gelu(x, approximate="tanh")."""
     return apply(gelu_array, x)
@@ -186,7 +186,7 @@ def silu(x):
     return apply(silu_array, x)
 
 
-# %% cell 61 (02-door)
+# %% cell 64 (02-door)
 def softmax(x, dim=-1):
     """Softmax of a Tensor along dim."""
     return apply(softmax_array, x, dim=dim)
@@ -197,7 +197,7 @@ def log_softmax(x, dim=-1):
     return apply(log_softmax_array, x, dim=dim)
 
 
-# %% cell 65
+# %% cell 69
 class Activation:
     """A layer without parameters: calling it runs forward."""
 
@@ -211,7 +211,7 @@ class Activation:
         return f"{type(self).__name__}()"
 
 
-# %% cell 66
+# %% cell 70
 class ReLU(Activation):
     """max(x, 0) as a module."""
 
@@ -226,7 +226,7 @@ class Sigmoid(Activation):
         return sigmoid(x)
 
 
-# %% cell 67
+# %% cell 71
 class Tanh(Activation):
     """The hyperbolic tangent as a module."""
 
@@ -248,7 +248,7 @@ class SiLU(Activation):
         return silu(x)
 
 
-# %% cell 69 (02-softmax-module)
+# %% cell 73 (02-softmax-module)
 class Softmax(Activation):
     """Softmax along dim as a module."""
 

@@ -33,7 +33,7 @@ import numpy as np
 from tinytorch.core.tensor import Tensor, apply, default_rng, multiply_array
 
 
-# %% cell 10 (03-linear)
+# %% cell 11 (03-linear)
 def linear_array(x, weight, bias=None):
     """Compute x @ weight.T + bias: x (..., in), weight (out, in), bias (out,) or None -> (..., out).
 
@@ -44,14 +44,14 @@ def linear_array(x, weight, bias=None):
         raise ValueError(f"linear: last dimension must be in_features={weight.shape[1]}, got shape {x.shape}")
     if x.dtype.kind != "f":
         x = x.astype(weight.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., in) -> (N, in)
+    rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (N, in)
     y = rows @ weight.T  # (N, out)
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-# %% cell 21 (03-initial)
+# %% cell 22 (03-initial)
 def initial_array(shape, fan_in, rng):
     """Draw float32 values of that shape uniformly from -1/sqrt(fan_in) to 1/sqrt(fan_in) (torch.nn.Linear).
 
@@ -62,7 +62,7 @@ def initial_array(shape, fan_in, rng):
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-# %% cell 24
+# %% cell 25
 class Parameter(Tensor):
     """A Tensor that a module owns and that training changes."""
 
@@ -70,7 +70,7 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=requires_grad, dtype=dtype)
 
 
-# %% cell 26
+# %% cell 27
 def attributes_of(owner):
     """Yield (name, value) of each attribute; lists and tuples are opened as name.0, name.1."""
     for name, value in vars(owner).items():
@@ -86,7 +86,7 @@ def is_module(value):
     return hasattr(value, "forward") and hasattr(value, "parameters") and not isinstance(value, type)
 
 
-# %% cell 28
+# %% cell 29
 class Module:
     """The base of every layer and model: finds parameters, saves and loads them, knows its mode."""
 
@@ -135,7 +135,7 @@ class Module:
         return describe(self)
 
 
-# %% cell 30
+# %% cell 31
 def describe(module):
     """The text of repr(module): its class, its own words, and its children one level further in."""
     name, words = type(module).__name__, module.extra_repr()
@@ -145,7 +145,7 @@ def describe(module):
     return "\n".join([f"{name}({words}", *children, ")"])
 
 
-# %% cell 32 (03-shared)
+# %% cell 33 (03-shared)
 def first_of_each(pairs):
     """Yield each (name, parameter) whose parameter (the object, not its numbers) has not come before."""
     seen = set()
@@ -155,7 +155,7 @@ def first_of_each(pairs):
             yield name, parameter
 
 
-# %% cell 35
+# %% cell 36
 def children_of(module):
     """The (name, child) pairs of any module; an activation of lesson 02 has none."""
     return list(module.named_children()) if hasattr(module, "named_children") else []
@@ -177,7 +177,7 @@ def named_parameters_of(module, prefix=""):
     return module.named_parameters(prefix) if hasattr(module, "named_parameters") else []
 
 
-# %% cell 40 (03-walk)
+# %% cell 41 (03-walk)
 def walk_parameters(module, prefix=""):
     """Yield (name, parameter): first the module's own, then its children's, names as paths with dots."""
     for name, value in attributes_of(module):
@@ -187,7 +187,7 @@ def walk_parameters(module, prefix=""):
         yield from named_parameters_of(child, f"{prefix}{name}.")
 
 
-# %% cell 43 (03-linear-layer)
+# %% cell 45 (03-linear-layer)
 class Linear(Module):
     """x @ weight.T + bias with weight (out_features, in_features), as torch.nn.Linear.
 
@@ -212,7 +212,7 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-# %% cell 49 (03-dropout-mask)
+# %% cell 52 (03-dropout-mask)
 def dropout_mask(shape, p, rng, dtype=np.float32):
     """Draw factors: 0 with probability p, else 1 / (1 - p).
 
@@ -226,7 +226,7 @@ def dropout_mask(shape, p, rng, dtype=np.float32):
     return mask
 
 
-# %% cell 52 (03-dropout)
+# %% cell 55 (03-dropout)
 class Dropout(Module):
     """In training mode, set a share p of the input to 0 and scale the rest by 1 / (1 - p)."""
 
@@ -248,7 +248,7 @@ class Dropout(Module):
         return f"p={self.p}"
 
 
-# %% cell 56 (03-compare)
+# %% cell 59 (03-compare)
 def compare_state(own, state):
     """Compare two dicts of arrays: names that state lacks, names that own lacks, sentences on wrong shapes.
 
@@ -265,7 +265,7 @@ def compare_state(own, state):
     return missing, unexpected, sorted(mismatched)
 
 
-# %% cell 59
+# %% cell 62
 def load_arrays(parameters, state, strict, owner):
     """Write the arrays of state into the parameters, all or none; return (missing, unexpected) names."""
     state = {name: np.asarray(value) for name, value in state.items()}
@@ -283,7 +283,7 @@ def load_arrays(parameters, state, strict, owner):
     return missing, unexpected
 
 
-# %% cell 62 (03-sequential)
+# %% cell 65 (03-sequential)
 class Sequential(Module):
     """Modules in a row: the output of each is the input of the next."""
 

@@ -62,7 +62,7 @@ def mse_array(prediction, target):
     return np.mean(error * error)
 
 
-# %% cell 21 (04-pick)
+# %% cell 22 (04-pick)
 def pick_array(logs, ids):
     """Take from each row the entry of its class: logs (N, C), ids (N,) -> (N,).
 
@@ -72,7 +72,7 @@ def pick_array(logs, ids):
     return logs[np.arange(len(ids)), ids]
 
 
-# %% cell 24
+# %% cell 25
 def kept_targets(logits, target, ignore_index):
     """Check logits (..., C) and targets (...); return the row numbers that count, and their classes."""
     say = "cross_entropy:"
@@ -92,7 +92,7 @@ def kept_targets(logits, target, ignore_index):
     return rows, ids
 
 
-# %% cell 29 (04-cross-entropy)
+# %% cell 30 (04-cross-entropy)
 def cross_entropy_array(logits, target, ignore_index=-100):
     """Mean surprise -log softmax(logits)[target] over the targets that count.
 
@@ -110,7 +110,7 @@ def cross_entropy_array(logits, target, ignore_index=-100):
     return -np.mean(pick_array(log_softmax_array(flat), ids))
 
 
-# %% cell 35
+# %% cell 36
 def safe_log(p):
     """Logarithm of probabilities that is never below -100, also for 0 (the rule of torch.nn.BCELoss).
 
@@ -127,7 +127,7 @@ def check_unit_interval(values, words):
         raise ValueError(f"{words}, got {values[~inside][0]}")
 
 
-# %% cell 37 (04-bce)
+# %% cell 38 (04-bce)
 def bce_array(probabilities, target):
     """Mean of -(t log(p) + (1 - t) log(1 - p)), logarithms not below -100; equal shapes -> one number.
 
@@ -141,7 +141,7 @@ def bce_array(probabilities, target):
     return -np.mean(t * safe_log(p) + (1 - t) * safe_log(1 - p))
 
 
-# %% cell 45 (04-bce-logits)
+# %% cell 46 (04-bce-logits)
 def bce_with_logits_array(logits, target):
     """Mean of log(1 + exp(x)) - x t: binary cross entropy of sigmoid(logits), never infinite, never flat.
 
@@ -153,7 +153,7 @@ def bce_with_logits_array(logits, target):
     return np.mean(np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x))))
 
 
-# %% cell 51
+# %% cell 53
 def mse_loss(prediction, target):
     """Mean squared error of a Tensor; target is a Tensor or array of the same shape."""
     return apply(mse_array, prediction, target)
@@ -169,7 +169,7 @@ def binary_cross_entropy_with_logits(logits, target):
     return apply(bce_with_logits_array, logits, target)
 
 
-# %% cell 53 (04-door)
+# %% cell 55 (04-door)
 def cross_entropy(logits, target, ignore_index=-100):
     """Mean surprise of a Tensor of logits (..., C) at integer targets (...), classes last."""
     return apply(cross_entropy_array, logits, target, ignore_index=ignore_index)
@@ -185,7 +185,7 @@ class CrossEntropyLoss(Module):
         return cross_entropy(logits, target, ignore_index=self.ignore_index)
 
 
-# %% cell 55
+# %% cell 57
 class MSELoss(Module):
     """mse_loss as a module."""
 
