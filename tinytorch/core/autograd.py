@@ -418,6 +418,7 @@ def cross_entropy_rule(grad, output, logits, target, ignore_index=-100):
 
 @gradient(mse_array)
 def mse_rule(grad, output, prediction, target):
+    target = np.asarray(target, prediction.dtype)  # counts as a target would widen the difference
     slopes = (prediction - target) * (2 * grad / prediction.size)
     return slopes, lambda: -slopes
 
@@ -425,6 +426,7 @@ def mse_rule(grad, output, prediction, target):
 @gradient(bce_array)
 def bce_rule(grad, output, probabilities, target):
     p, share = probabilities, grad / probabilities.size
+    target = np.asarray(target, p.dtype)
     return (
         lambda: share * (p - target) / np.maximum(p * (1 - p), 1e-12),
         lambda: share * (safe_log(1 - p) - safe_log(p)),
@@ -433,7 +435,7 @@ def bce_rule(grad, output, probabilities, target):
 
 @gradient(bce_with_logits_array)
 def bce_with_logits_rule(grad, output, logits, target):
-    share = grad / logits.size
+    share, target = grad / logits.size, np.asarray(target, logits.dtype)
     return lambda: share * (sigmoid_array(logits) - target), lambda: -share * logits
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "divide_array",
     "power_array",
     "negative_array",
+    "floats",
     "exp_array",
     "log_array",
     "sqrt_array",
@@ -165,16 +166,21 @@ def negative_array(x):
     return np.negative(x)
 
 
+def floats(x):
+    """x itself where it is floating, integers as float32: NumPy would compute those of 8 bits in float16."""
+    return x if np.asarray(x).dtype.kind == "f" else np.asarray(x, dtype=np.float32)
+
+
 def exp_array(x):
-    return np.exp(x)
+    return np.exp(floats(x))
 
 
 def log_array(x):
-    return np.log(x)
+    return np.log(floats(x))
 
 
 def sqrt_array(x):
-    return np.sqrt(x)
+    return np.sqrt(floats(x))
 
 
 def abs_array(x):
@@ -197,8 +203,8 @@ def matmul_error(shape_a, shape_b):
 
 def multiply_matrices(a, b):
     """np.matmul, with our own words when numbers are given or the batch dimensions disagree."""
-    if a.ndim == 0 or b.ndim == 0:
-        raise ValueError(f"matmul: shapes {a.shape} @ {b.shape}: a single number has no rows. Use * instead.")
+    if np.ndim(a) == 0 or np.ndim(b) == 0:
+        raise ValueError(f"matmul: shapes {np.shape(a)} @ {np.shape(b)}: a single number has no rows. Use * instead.")
     try:
         return np.matmul(a, b)
     except ValueError:
@@ -215,7 +221,7 @@ def matmul_array(a, b):
     >>> matmul_array(np.ones((8, 2, 3)), np.ones((3, 4))).shape
     (8, 2, 4)
     """
-    if a.ndim and b.ndim:
+    if np.ndim(a) and np.ndim(b):
         inner = b.shape[-2] if b.ndim > 1 else b.shape[-1]
         if a.shape[-1] != inner:
             raise matmul_error(a.shape, b.shape)
