@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import re
 import sys
 import unicodedata
 
@@ -16,6 +17,7 @@ SPELLED = {
     "…": "...", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "√": "sqrt", "∞": "inf", "∈": "in",
     "\N{GREEK SMALL LETTER MU}": "u", "\N{MICRO SIGN}": "u",
 }  # fmt: skip
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")  # colour codes and the like
 WIDTH = 100  # a line is no longer than this, however wide the terminal
 STATES = {"pass": "green", "FAIL": "bold red", "yours": "green", "completed": "green", "ok": "green"}
 STATES |= {"changed": "yellow", "missing": "bold red", "problem": "bold red"}
@@ -58,7 +60,7 @@ def wrapped(text: str, first: str = "", rest: str | None = None, stderr: bool = 
 
     rest = " " * len(first) if rest is None else rest
     columns, lines = width(stderr), []
-    for piece in text.splitlines() or [""]:
+    for piece in CONTROL.sub("", text.expandtabs()).splitlines() or [""]:
         prefix = rest if lines else first
         if columns is None or len(prefix + piece) <= columns:
             lines.append((prefix + piece).rstrip())
@@ -68,6 +70,15 @@ def wrapped(text: str, first: str = "", rest: str | None = None, stderr: bool = 
                 break_long_words=False, break_on_hyphens=False,
             )  # fmt: skip
     return "\n".join(lines)
+
+
+def clipped(text: str, lines: int = 10, columns: int = 400) -> str:
+    """A long message by its first and last lines: a learner's error may hold a whole array."""
+    pieces = [piece if len(piece) <= columns else piece[:columns] + " ..." for piece in text.splitlines()]
+    if len(pieces) > lines:
+        left_out = count(len(pieces) - lines + 1, "line")
+        pieces = [*pieces[: lines - 3], f"... {left_out} more; `--json` has them all ...", *pieces[-2:]]
+    return "\n".join(pieces)
 
 
 def line(text: str = "", style: str | None = None, indent: int = 0) -> None:

@@ -24,8 +24,8 @@ def expect(done, code: int):
 class TestHelp:
     def test_no_command_shows_all_commands_in_a_students_order(self, course):
         done = expect(course.tito(), 0)
-        section = done.stdout.split("Commands:")[1]
-        assert re.findall(r"^  (\w+)", section, re.M) == ["module", "status", "doctor", "demo", "generate", "explore", "dev"]
+        shown = re.findall(r"^  (\w+)", done.stdout.split("Commands:")[1], re.M)
+        assert shown == ["module", "status", "doctor", "demo", "generate", "explore", "dev"]
 
     @pytest.mark.parametrize("group", ["module", "dev"])
     def test_a_group_alone_shows_its_commands(self, course, group):

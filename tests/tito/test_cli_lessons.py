@@ -104,6 +104,14 @@ class TestTest:
         path.write_text(json.dumps(notebook), encoding="utf-8")
         assert "ZeroDivisionError" in course.tito("module", "test", "1").stdout
 
+    def test_a_message_as_long_as_an_array_is_clipped_and_whole_in_json(self, course):
+        rows_of_numbers = 'raise ValueError("\\n".join(f"row {n}" for n in range(100)))'
+        course.solve("1", double=rows_of_numbers)
+        done = course.tito("module", "test", "1")
+        assert "row 0" in done.stdout and "row 99" in done.stdout and "row 50" not in done.stdout
+        assert "91 lines more" in done.stdout
+        assert "row 50" in json.loads(course.tito("module", "test", "1", "--json").stdout)["checks"][0]["message"]
+
     def test_a_right_notebook_passes_and_nothing_is_changed(self, course):
         course.solve("1")
         before = contents(course.root)

@@ -24,7 +24,11 @@ TRAINING_STEPS = 600
 CACHE_LESSON = "memoization"
 # glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training step;
 # these tell it to keep them. Other platforms ignore the names.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 def run_demo(
@@ -92,17 +96,17 @@ def copy_course(course: Course, to: Path) -> Path:
         if (course.root / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "backups")
             shutil.copytree(course.root / name, to / name, ignore=ignore)
-    state = course.root / progress.FILE
+    state = course.root / progress.PATH
     if state.is_file():
-        (to / progress.FILE).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(state, to / progress.FILE)
+        (to / progress.PATH).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(state, to / progress.PATH)
     return to
 
 
 def play_the_student(course: Course, lesson: Lesson, scratch: Path) -> int:
     """Solve the lesson's notebook from the reference solution and run the real command on it."""
     show.heading(f"1. A student finishes lesson {lesson.folder}", "in a scratch copy; your files stay as they are")
-    if progress.owner(course, lesson) == "learner":
+    if progress.owner(lesson, progress.read(course.root)) == "learner":
         show.line(f"You have completed it yourself: from here on, everything runs on your {lesson.package_path}.")
         return 0
     if not lesson.source.is_file():

@@ -38,7 +38,7 @@ def report(lesson: Lesson, result: Completion) -> None:
     for check in run.checks:
         show_check(check, waits_for(lesson, check, to_do), *columns)
     for note in [note for note in run.notes if NOT_YET[1] not in note][:MOST_NOTES]:
-        show.line(note, indent=2, style="dim")
+        show.line(show.clipped(note), indent=2, style="dim")
     if run.problem:
         show.line()
         show.line(run.problem, style="bold red")
@@ -74,7 +74,7 @@ def show_check(check: CheckResult, waiting: str | None, titles: int, ids: int) -
         show.line(f"waits for {waiting}", indent=9, style="dim")
     elif not check.passed and not waiting:
         where = f"cell {check.cell}: " if check.cell else ""
-        show.line(f"{where}{check.message}", indent=9)
+        show.line(where + show.clipped(check.message), indent=9)
 
 
 def show_tests(tests: TestRun | None) -> None:
@@ -86,7 +86,7 @@ def show_tests(tests: TestRun | None) -> None:
     show.line(f"With the rest of the package: {tests.passed} of {show.count(total, 'test')} passed.")
     for name, message in tests.failed:
         show.rows([("FAIL", name)])
-        show.line(message, indent=8)
+        show.line(show.clipped(message), indent=8)
     if tests.problem:
         show.line(tests.problem, style="bold red")
 
