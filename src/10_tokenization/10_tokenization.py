@@ -1074,10 +1074,21 @@ if __name__ == "__main__":
 """
 ## 7. Decode: join bytes first
 
-Each id stands for some bytes. A token may hold a *part* of a character: the three bytes of the euro sign can
-lie in two tokens. So the order of the two steps matters: join all bytes, then decode UTF-8.
+Each id stands for some bytes, and a token may hold a *part* of a character. Here are three tokens of one byte
+each:
+"""
 
-A language model may stop in the middle of a character. What is not UTF-8 becomes U+FFFD, the replacement
+# %%
+if __name__ == "__main__":
+    parts = [bytes([byte]) for byte in "€".encode("utf-8")]
+    print("each decoded:", ascii("".join(part.decode("utf-8", errors="replace") for part in parts)))
+    print("joined first:", ascii(b"".join(parts).decode("utf-8")))
+
+# %% [markdown]
+"""
+So the order of the two steps matters: join all bytes, then decode.
+
+A language model may also stop in the middle of a character. What is not UTF-8 becomes U+FFFD, the replacement
 character, instead of an error (`errors="replace"`). For text that came from `encode` this never happens.
 """
 

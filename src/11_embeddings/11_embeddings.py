@@ -123,7 +123,7 @@ NumPy picks rows with `weight[ids]`, for ids of any shape. It has one trap: -1 i
 would go unnoticed and train the wrong row, so we refuse ids outside of 0 … V - 1, and say which id it was and
 how many there are.
 
-`as_ids` is a given: it makes an integer array of a list, an array or a Tensor, and refuses `2.5` and `True`.
+`as_ids` is given. It makes an integer array of a list, an array or a Tensor, and refuses `2.5` and `True`.
 """
 
 # %%
@@ -629,9 +629,20 @@ if __name__ == "__main__":
 ## 5. Positions must count on
 
 In training a model sees whole texts, with positions 0 to T - 1. When it generates with a cache (lesson 17),
-it is given *one* new token at a time, and that token stands at position 7 or 700, not 0. A position layer
-that always starts at 0 makes this one of the commonest faults of cached generation: nothing crashes, the text
-just gets worse.
+it is given *one* new token at a time, and that token stands at position 7 or 700. What if the layer counts
+from 0 each time?
+"""
+
+# %%
+if __name__ == "__main__":
+    table = sinusoidal_table(8, 4)
+    print("three tokens at once:\n", table[np.arange(3)].round(3), sep="")
+    print("one at a time:\n", np.concatenate([table[np.arange(1)] for _ in range(3)]).round(3), sep="")
+
+# %% [markdown]
+"""
+Every token believes that it is the first. This is one of the commonest faults of cached generation: nothing
+crashes, the text just gets worse.
 
 So positions can be given. If they are not, they count from 0. And a position that the table does not have
 must be an error, not the last row again:

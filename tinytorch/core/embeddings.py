@@ -112,7 +112,7 @@ def sinusoidal_table(max_seq_len, embed_dim):
     return table
 
 
-# %% cell 46 (11-choose-positions)
+# %% cell 48 (11-choose-positions)
 def choose_positions(positions, seq_len, max_seq_len):
     """The positions of T tokens as an integer array: those given, (T,) or (B, T), else 0 .. T-1.
 
@@ -130,7 +130,7 @@ def choose_positions(positions, seq_len, max_seq_len):
     return positions
 
 
-# %% cell 49
+# %% cell 51
 class PositionalEncoding(Module):
     """Add to each row of x the row of its position: x (B, T, E), positions (T,) or (B, T) -> (B, T, E)."""
 

@@ -358,7 +358,7 @@ def merge_by_rank_long(ids, merges):
     return [i for i in ids if i is not None]
 
 
-# %% cell 77 (10-decode-tokens)
+# %% cell 79 (10-decode-tokens)
 def decode_tokens(ids, tokens):
     """The text of a list of ids; `tokens` maps an id to its bytes.
 
@@ -375,7 +375,7 @@ def decode_tokens(ids, tokens):
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
-# %% cell 80
+# %% cell 82
 def utf8(text):
     """The bytes of a text. Half of a surrogate pair is a ValueError that names its position."""
     if not isinstance(text, str):
@@ -401,7 +401,7 @@ def split_special(text, special_tokens):
     return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
 
 
-# %% cell 82
+# %% cell 84
 class BPEState(Tokenizer):
     """What a BPE tokenizer knows, and the ways in and out of it.
 
@@ -439,7 +439,7 @@ class BPEState(Tokenizer):
         return cls().set_state(*read_gpt2_files(vocab, merges))
 
 
-# %% cell 83
+# %% cell 85
 LONG_CHUNK = 64  # bytes; longer ones go through the heap and are not remembered
 CACHE_SIZE = 1 << 16  # chunks
 
@@ -501,7 +501,7 @@ class BPETokenizer(BPEState):
         return decode_tokens(ids, self.tokens)
 
 
-# %% cell 93 (10-byte-letters)
+# %% cell 95 (10-byte-letters)
 def byte_letters():
     """The 256 letters of GPT-2's files: at place b, the printable character that stands for byte b.
 
@@ -518,7 +518,7 @@ def byte_letters():
     return letters
 
 
-# %% cell 96
+# %% cell 98
 def read_merges(path, ids):
     """The lines of merges.txt as triples (left, right, new id)."""
     triples = []
