@@ -580,19 +580,21 @@ class GPT(Module):
         with cache.attached_to(self):
             return self.head(self.hidden(ids))
 
-    def generate(self, prompt, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None):
+    def generate(self, prompt, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None,
+                 on_token=None):
         """The prompt and up to max_new_tokens tokens more; list in, list out; array in, array out.
 
         Greedy at temperature 0; else drawn from the softmax of logits / temperature, over the top_k best if given. A
         row ends at its stop_token (an id, or several) and is filled up with it until every row has ended. A cache,
         given or enabled, is reset if it holds tokens, and only what it lacks is run. ValueError if the prompt and
         max_new_tokens together exceed max_seq_len. Runs in evaluation mode without gradients; the mode comes back.
+        on_token, where given, is called with each round's ids (B,), so that a caller can show them as they come.
         """
         ids = check_prompt(prompt, max_new_tokens, self.max_seq_len)
         given = cache is not None and cache is not self._kv_cache
         cache = cache if given else self._kv_cache
         with evaluating(self), cache.attached_to(self) if given else nullcontext():
-            ids = continue_ids(self, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token)
+            ids = continue_ids(self, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token, on_token)
         return like_prompt(ids, prompt)
 
 # %% nbgrader={"grade": true, "grade_id": "13-hidden-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
@@ -828,7 +830,8 @@ A row that has met its stop token is finished: it repeats its last token while o
 
 # %% nbgrader={"grade": false, "grade_id": "13-generate", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
-def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None):
+def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None,
+                 on_token=None):
     """The loop of `generate`, on model.hidden and model.head: ids (B, P) -> (B, P + n), n <= max_new_tokens."""
     if cache is not None and max_new_tokens and cache.seq_pos:
         cache.reset()  # it still holds another text
@@ -845,6 +848,8 @@ def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=No
             stopped |= np.isin(token, stop_token)
             ### END SOLUTION
         ids = np.concatenate([ids, token[:, None].astype(ids.dtype)], axis=1)
+        if on_token is not None:
+            on_token(ids[:, -1])
         if stopped.all():
             break
     return ids

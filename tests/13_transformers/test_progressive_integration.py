@@ -403,6 +403,12 @@ class TestGenerate:
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 model.generate([1, 2], 2, **wrong)
 
+    def test_each_round_is_told_as_it_comes(self):
+        model, told = small_gpt(), []
+        ids = model.generate(np.array([[1, 2], [3, 4]]), 4, on_token=told.append)
+        assert np.shape(told) == (4, 2)
+        assert np.array_equal(np.transpose(told), ids[:, 2:])
+
     def test_draws_follow_the_probabilities(self):
         """20,000 draws from [0.1, 0.2, 0.7], within five standard errors."""
         logits = np.log(np.tile([[0.1, 0.2, 0.7]], (20000, 1))).astype(np.float32)
