@@ -832,8 +832,13 @@ class KVCache(KVStore, CacheRows):
         ledger.close_pass()
 
     def get(self, layer_idx):
-        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as read-only Tensors."""
-        return self._read(self._layer(layer_idx), self.seq_pos)
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each; empty slots are zero. Not for writing."""
+        key, value = self._read(self._layer(layer_idx), self.seq_pos)
+        if self.pending_layers and min(self.seq_lens) < self.seq_pos:  # pending tokens of short rows would show
+            empty = (slot_positions(self.seq_lens) < 0)[:, None, :, None]
+            key, value = (Tensor(np.where(empty, self.dtype.type(0), part.data), dtype=self.dtype)
+                          for part in (key, value))
+        return key, value
 
     def reset(self):
         """Empty again: no bytes, no lengths, nothing pending."""
@@ -970,14 +975,17 @@ class StandIn(Module):
             raise AttributeError(name)
         return getattr(self.part, name)
 
-    def positions(self, seq_len):
-        """Where the T tokens of this pass stand, (B, T); -1 for padding."""
+    def positions(self, x):
+        """Where the T tokens of x (B, T, E) stand in their rows, (B, T); -1 for padding."""
+        batch_size, seq_len = x.shape[:2]
+        if batch_size != self.cache.batch_size:
+            raise ValueError(f"the batch has {batch_size} rows, the cache has batch_size={self.cache.batch_size}")
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
 # %% [markdown]
 """
 Write the forward pass. In training mode the stand-in steps aside: it returns `self.part(x, mask)` and the cache
-is not touched (section 15 says why). In eval mode: the second line of the picture, with `self.positions(T)`,
+is not touched (section 15 says why). In eval mode: the second line of the picture, with `self.positions(x)`,
 `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos, key_pos,
 self.cache.window, self.cache.sinks)`.
 """
@@ -999,7 +1007,7 @@ class CachedAttention(StandIn):
         if self.training:
             return self.part(x, mask)
         query, key, value = self.part.project(x)
-        positions = self.positions(x.shape[1])
+        positions = self.positions(x)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         return self.part.merge(self.part.attend(query, key, value, visible))
@@ -1080,7 +1088,7 @@ And at the end, when all layers have written, somebody must call `advance`, once
 stands there. Two more stand-ins, and both step aside in training mode (that is given).
 
 `CountingPositions`: a new pass begins, so drop what a failed one may have left (`self.cache.abandon()`). Then,
-if no positions were given, take `self.positions(T)`, with padding (-1) moved to 0, and let `self.part` add
+if no positions were given, take `self.positions(x)`, with padding (-1) moved to 0, and let `self.part` add
 those rows. `CommittingNorm`: the output of `self.part`, and the commit.
 """
 
@@ -1096,7 +1104,7 @@ class CountingPositions(StandIn):
         ### BEGIN SOLUTION
         self.cache.abandon()
         if positions is None:
-            positions = np.maximum(self.positions(x.shape[1]), 0)
+            positions = np.maximum(self.positions(x), 0)
         return self.part(x, positions)
         ### END SOLUTION
 

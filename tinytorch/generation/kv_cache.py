@@ -491,8 +491,13 @@ class KVCache(KVStore, CacheRows):
         ledger.close_pass()
 
     def get(self, layer_idx):
-        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as read-only Tensors."""
-        return self._read(self._layer(layer_idx), self.seq_pos)
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each; empty slots are zero. Not for writing."""
+        key, value = self._read(self._layer(layer_idx), self.seq_pos)
+        if self.pending_layers and min(self.seq_lens) < self.seq_pos:  # pending tokens of short rows would show
+            empty = (slot_positions(self.seq_lens) < 0)[:, None, :, None]
+            key, value = (Tensor(np.where(empty, self.dtype.type(0), part.data), dtype=self.dtype)
+                          for part in (key, value))
+        return key, value
 
     def reset(self):
         """Empty again: no bytes, no lengths, nothing pending."""
@@ -549,8 +554,11 @@ class StandIn(Module):
             raise AttributeError(name)
         return getattr(self.part, name)
 
-    def positions(self, seq_len):
-        """Where the T tokens of this pass stand, (B, T); -1 for padding."""
+    def positions(self, x):
+        """Where the T tokens of x (B, T, E) stand in their rows, (B, T); -1 for padding."""
+        batch_size, seq_len = x.shape[:2]
+        if batch_size != self.cache.batch_size:
+            raise ValueError(f"the batch has {batch_size} rows, the cache has batch_size={self.cache.batch_size}")
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
 
@@ -569,7 +577,7 @@ class CachedAttention(StandIn):
         if self.training:
             return self.part(x, mask)
         query, key, value = self.part.project(x)
-        positions = self.positions(x.shape[1])
+        positions = self.positions(x)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         return self.part.merge(self.part.attend(query, key, value, visible))
@@ -585,7 +593,7 @@ class CountingPositions(StandIn):
             return self.part(x, positions)
         self.cache.abandon()
         if positions is None:
-            positions = np.maximum(self.positions(x.shape[1]), 0)
+            positions = np.maximum(self.positions(x), 0)
         return self.part(x, positions)
 
 
