@@ -93,7 +93,8 @@ def test_unit_descend():
     """The oracle is the example above, worked by hand."""
     weight, direction = np.array([1.0, -2.0], np.float32), np.array([0.5, -1.0], np.float32)
     descend(weight, direction, 0.1)
-    assert not np.array_equal(weight, [1, -2]), "the caller's array did not change: write into it, do not rebind the name"
+    assert not np.array_equal(weight, [1, -2]), (
+        "the caller's array did not change: write into it, do not rebind the name")
     assert not np.allclose(weight, [1.05, -2.1]), f"got {weight}: that is uphill, the gradient points upwards"
     assert np.allclose(weight, [0.95, -1.9]), f"got {weight}, expected [0.95, -1.9]: weight - lr * direction"
     assert np.array_equal(direction, np.float32([0.5, -1.0])), f"the direction was changed to {direction}"
@@ -225,7 +226,7 @@ def test_unit_predict_momentum():
     assert len(predicted_buffer) == 3, f"three values are asked for, got {predicted_buffer}"
     assert np.allclose(predicted_buffer, seen[:3], atol=0.005), f"predicted {predicted_buffer}, measured {seen[:3]}"
     assert np.isclose(predicted_limit, seen[-1], atol=0.01), (
-        f"predicted limit {predicted_limit}, measured {seen[-1]:.3f}: momentum 0.9 makes the steps 1 / (1 - 0.9) as long")
+        f"predicted limit {predicted_limit}, measured {seen[-1]:.3f}: momentum 0.9 makes steps 1 / (1 - 0.9) as long")
 
 
 if __name__ == "__main__":
@@ -354,8 +355,9 @@ def median_ms(work, repeats=9):
 if __name__ == "__main__":
     arrays = np.ones((3, 1 << 22), np.float32)
     for size in (1 << 22, 1 << 18, 1 << 16, 1 << 12):
-        pieces = [arrays[:, i : i + size] for i in range(0, 1 << 22, size)]
-        print(f"pieces of {size:>9,} numbers: {median_ms(lambda: [one_step(*p) for p in pieces]):7.1f} ms")  # noqa: B023
+        cuts = [arrays[:, start : start + size] for start in range(0, 1 << 22, size)]
+        milliseconds = median_ms(lambda cuts=cuts: [one_step(*piece) for piece in cuts])
+        print(f"pieces of {size:>9,} numbers: {milliseconds:7.1f} ms")
 
 # %% [markdown]
 """
@@ -536,7 +538,8 @@ def test_unit_step():
     moved.grad = Tensor(np.arange(6.0).reshape(2, 3).T)
     optimizer.step()
     assert calls, "update was never called, although one parameter has a gradient"
-    assert [step for step, _ in calls] == [1], f"steps {[s for s, _ in calls]}: the first step is number 1, one call per piece"
+    assert [step for step, _ in calls] == [1], (
+        f"steps {[s for s, _ in calls]}: the first step is number 1, one call per piece")
     optimizer.step()
     assert [step for step, _ in calls] == [1, 2], f"steps were counted {[s for s, _ in calls]}, expected [1, 2]"
     assert 0 not in optimizer.state, "a parameter without a gradient must not be counted or given a state"
@@ -683,7 +686,8 @@ def test_unit_predict_first():
     assert np.allclose(np.abs(predicted_moves), -weight, rtol=0.01), (
         f"predicted moves {predicted_moves}, measured {-weight}: the gradient's size divides out, whatever it is")
     factor = float((mean / np.sqrt(square))[0])
-    assert np.isclose(predicted_factor, factor, rtol=0.01), f"predicted factor {predicted_factor}, measured {factor:.3f}"
+    assert np.isclose(predicted_factor, factor, rtol=0.01), (
+        f"predicted factor {predicted_factor}, measured {factor:.3f}")
 
 
 if __name__ == "__main__":
@@ -785,7 +789,8 @@ def test_unit_predict_decay():
         seen.append(float(parameter.data[0]))
     assert np.isclose(predicted_adam, seen[0], atol=1e-3), (
         f"Adam: predicted {predicted_adam}, measured {seen[0]:.4f}: the decay is divided by its own size")
-    assert np.isclose(predicted_adamw, seen[1], atol=1e-3), f"AdamW: predicted {predicted_adamw}, measured {seen[1]:.4f}"
+    assert np.isclose(predicted_adamw, seen[1], atol=1e-3), (
+        f"AdamW: predicted {predicted_adamw}, measured {seen[1]:.4f}")
 
 
 if __name__ == "__main__":
@@ -826,7 +831,7 @@ def test_unit_predict_bytes():
     one_random_step(optimizer, np.random.default_rng(0))
     measured = state_bytes(optimizer)
     assert predicted_bytes == measured, (
-        f"predicted {predicted_bytes}, measured {measured}: two buffers, each as many float32 numbers as weight and bias")
+        f"predicted {predicted_bytes}, measured {measured}: two buffers, each as large as weight and bias")
 
 
 if __name__ == "__main__":
