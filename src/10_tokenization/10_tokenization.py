@@ -1080,7 +1080,7 @@ each:
 
 # %%
 if __name__ == "__main__":
-    parts = [bytes([byte]) for byte in "€".encode("utf-8")]
+    parts = [bytes([byte]) for byte in "€".encode()]
     print("each decoded:", ascii("".join(part.decode("utf-8", errors="replace") for part in parts)))
     print("joined first:", ascii(b"".join(parts).decode("utf-8")))
 

@@ -181,8 +181,10 @@ class TestFiles:
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["bpe.json"]
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"kind": "char", "characters": ["a"]}',
-                                         '{"kind": "bpe", "byte_ids": [0], "merges": [[7, 8, 9]], "special_tokens": {}}'])
+    @pytest.mark.parametrize("content", [
+        "", "{", "[]", "{}", '{"kind": "char", "characters": ["a"]}',
+        '{"kind": "bpe", "byte_ids": [0], "merges": [[7, 8, 9]], "special_tokens": {}}',
+    ])
     def test_a_file_that_is_none_is_named(self, tmp_path, content):
         path = tmp_path / "broken.json"
         path.write_text(content)

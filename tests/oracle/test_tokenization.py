@@ -16,7 +16,8 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 STRINGS = [
     "", " ", "  ", "a", " the", "the cat's hat, they'll've 12ab34", "x  y   z\n\n\nw \t\r\n ", "can't CAN'T 's 'S",
-    "naïve café über straße", "中文字符 日本語 한국어 三本", "½ ² Ⅷ ٣ ३ 1²3", "e\u0301 \u200d\u200b\ufeff a\u00a0b\u3000c",
+    "naïve café über straße", "中文字符 日本語 한국어 三本",
+    "½ ² Ⅷ ٣ ३ 1²3", "e\u0301 \u200d\u200b\ufeff a\u00a0b\u3000c",
     "\x00\x01\x1c\x1d\x1e\x1f\x7f\x85", "\U0001d11e\U0001f600\U0010ffff", "def f(x):\n    return x_1 ** 2  # done\n",
     "a" * 300, "ab" * 200 + "c" * 77, TEXT[100_000:104_000], TEXT[-3000:],
 ]
@@ -101,7 +102,8 @@ class TestSplit:
         regex = pytest.importorskip("regex")
         pattern = regex.compile(GPT2_PATTERN)
         rng = random.Random(1)
-        pieces = [" ", "  ", "\n", "\t", "\r\n", "\x1c", "\x85", "\u00a0", "'", "'s", "'re", "a", "Z", "_", "1", "½", "."]
+        pieces = [" ", "  ", "\n", "\t", "\r\n", "\x1c", "\x85", "\u00a0"]
+        pieces += ["'", "'s", "'re", "a", "Z", "_", "1", "½", "."]
         for _ in range(300):
             text = "".join(rng.choices(pieces, k=30))
             assert split_text(text) == pattern.findall(text), repr(text)
