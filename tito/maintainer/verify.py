@@ -187,12 +187,12 @@ def wrong_body_escapes(lesson: Lesson, entry: dict, wrong: dict) -> str | None:
 
 
 def _before(cells: tuple[Cell, ...], check: Cell) -> list[tuple[str, str]]:
-    """Label and source of the code cells before `check`, without other checks and locked measurements."""
+    """Label and source of the code cells before `check`, without other checks and without measurements."""
     stop = next(number for number, cell in enumerate(cells) if cell.grade_id == check.grade_id)
     return [
         (cell.label, cell.source)
         for cell in cells[:stop]
-        if cell.kind == "code" and not cell.is_check and (cell.grade_id is None or cell.is_hole)
+        if cell.kind == "code" and not cell.is_check and "-measure-" not in (cell.grade_id or "")
     ]
 
 
