@@ -891,8 +891,8 @@ Every method hands its function and its operands to one door, `apply(op, *inputs
 
 # %% nbgrader={"grade": false, "grade_id": "01-reflected", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
-class Arithmetic:
-    """The operators of a Tensor that compute."""
+class OrderedArithmetic:
+    """The two operators of a Tensor where it matters which operand comes first."""
 
     def __sub__(self, other):
         return apply(subtract_array, self, other)
@@ -911,6 +911,17 @@ class Arithmetic:
         ### BEGIN SOLUTION
         return apply(divide_array, other, self)
         ### END SOLUTION
+
+# %% [markdown]
+"""
+The check has to wait until there is a Tensor. More groups of methods follow, all of them one line through the door.
+Read them once; there is nothing to decide in them.
+"""
+
+# %%
+#| export
+class Arithmetic(OrderedArithmetic):
+    """The operators of a Tensor that compute."""
 
     def __add__(self, other):
         return apply(add_array, self, other)
@@ -938,12 +949,6 @@ class Arithmetic:
 
     def __neg__(self):
         return apply(negative_array, self)
-
-# %% [markdown]
-"""
-The check has to wait until there is a Tensor. Three more groups of methods, all of them one line through the
-door. Read them once; there is nothing to decide in them.
-"""
 
 # %%
 #| export
@@ -1044,6 +1049,46 @@ class Shaping:
         keys = tuple(k.data if isinstance(k, Tensor) else k for k in (key if isinstance(key, tuple) else (key,)))
         return apply(index_array, self, key=keys if isinstance(key, tuple) else keys[0])
 
+# %%
+#| export
+class Values:
+    """The ways out of a Tensor: to NumPy, to Python, to the screen."""
+
+    def numpy(self):
+        """The array itself, not a copy."""
+        return self.data
+
+    def item(self):
+        """The one value as a Python number."""
+        if self.size != 1:
+            raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
+        return self.data.item()
+
+    def __repr__(self):
+        numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
+        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
+        return f"Tensor({numbers}{dtype}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype) if copy else np.asarray(self.data, dtype=dtype)
+
+    def __len__(self):
+        if self.ndim == 0:
+            raise TypeError("len() of a Tensor without dimensions. item() gives its number.")
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self):
+        return bool(self.item())
+
+    def __float__(self):
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
 # %% [markdown]
 """
 ## 9. The socket and the Tensor
@@ -1082,7 +1127,7 @@ engine may leave (`_node`). The three defaults stand on the class, so that makin
 
 # %%
 #| export
-class Tensor(Arithmetic, Comparison, Functions, Shaping):
+class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
     """An array whose operations go through one door; PyTorch's torch.Tensor in small.
 
     Shares memory with an array that already has the dtype (as torch.from_numpy); copy() is independent.
@@ -1122,16 +1167,6 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping):
     def dtype(self):
         return self.data.dtype
 
-    def numpy(self):
-        """The array itself, not a copy."""
-        return self.data
-
-    def item(self):
-        """The one value as a Python number."""
-        if self.size != 1:
-            raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
-        return self.data.item()
-
     def copy(self):
         """An independent Tensor with the same numbers and no history."""
         return Tensor(self.data.copy(), self.requires_grad, self.dtype)
@@ -1155,31 +1190,6 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping):
                 "(Inside no_grad() it is unplugged: call backward() outside of the block.)"
             )
         _socket.engine.backward(self, gradient)
-
-    def __repr__(self):
-        numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
-        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
-        return f"Tensor({numbers}{dtype}{', requires_grad=True' if self.requires_grad else ''})"
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.data, dtype=dtype) if copy else np.asarray(self.data, dtype=dtype)
-
-    def __len__(self):
-        if self.ndim == 0:
-            raise TypeError("len() of a Tensor without dimensions. item() gives its number.")
-        return self.shape[0]
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
-    def __bool__(self):
-        return bool(self.item())
-
-    def __float__(self):
-        return float(self.item())
-
-    def __int__(self):
-        return int(self.item())
 
 # %%
 if __name__ == "__main__":
@@ -1457,7 +1467,10 @@ if __name__ == "__main__":
 * Shapes meet right-aligned; equal, or one of them 1.
 * Each operation is a plain array function; each method is one line through `apply`.
 * The socket is empty. Whoever plugs an engine in hears of every operation.
+"""
 
+# %% [markdown]
+"""
 **Exercises.** (1) Write `Tensor.var(dim)` with methods that you have. (2) Time `a @ b` for a = (64, 512, 512),
 b = (512, 512), and for a reshaped to (-1, 512): why do they differ? (3) How many operations does `((x -
 x.mean()) ** 2).mean()` record?

@@ -348,6 +348,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
+Look back:
+
+* What would training do with a bias whose gradient has shape (2, 3) instead of (3,)? Would anything complain?
+* A number was broadcast into a million places. What is the rounding error of its gradient made of?
+
 ## 4. More rules
 
 Functions of one number are a line each: what arrives, times the slope of the function. Several use `output`,
@@ -1026,16 +1031,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-So we need an order in which every Tensor comes once: a **topological order**, parents (inputs) before the ones
-made from them, the root last. Walking it backwards, every user is done before its inputs.
+So we need an order in which every Tensor comes once: a **topological order**, parents (inputs) before the ones made
+from them, the root last. Walking it backwards, every user is done before its inputs.
 
     parents: loss <- p, c     p <- a, b     a <- x     b <- x
     a valid order: x a b p c loss        (or c x b a p loss, ...)
 
-The idea: go down to the parents first, and write a node down on the way **back**. Recursion says that in three
-lines, and breaks when the graph is deeper than Python's stack (1,000 calls). So keep your own stack of pairs:
-(node, False) means "look at its parents", (node, True) means "all parents are written down, now write this
-one".
+Go down to the parents first, and write a node down on the way **back**. Recursion says that in three lines, and breaks
+on a graph deeper than Python's stack. So keep a stack of your own, of pairs: (node, False) means "look at its parents",
+(node, True) means "all parents are written down, now write this one".
 
 **Build** it. Nodes here are anything hashable, and `parents(node)` gives a list. Look at every node's parents
 once only.
@@ -1566,7 +1570,10 @@ if __name__ == "__main__":
 * Stretched on the way there, summed on the way back, in one place.
 * A topological order visits every Tensor once; a stack of our own makes depth harmless.
 * The walk frees what it has passed; a second walk is an error, in words.
+"""
 
+# %% [markdown]
+"""
 **Exercises.** (1) Write an operation `cube_array` with its rule and hold it against `check_gradients`. (2)
 Remove the `lambda`s from `linear_rule` and time `measure_backward` again: which gradient does nobody want? (3)
 Make `topological_order` recursive and find the depth at which it breaks.

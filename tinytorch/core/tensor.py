@@ -41,11 +41,13 @@ __all__ = [
     "index_array",
     "cat_array",
     "stack_array",
+    "OrderedArithmetic",
     "Arithmetic",
     "Comparison",
     "Functions",
     "sizes_of",
     "Shaping",
+    "Values",
     "Socket",
     "plug_in",
     "Tensor",
@@ -367,8 +369,8 @@ def stack_array(*arrays, dim=0):
 
 
 # %% cell 60 (01-reflected)
-class Arithmetic:
-    """The operators of a Tensor that compute."""
+class OrderedArithmetic:
+    """The two operators of a Tensor where it matters which operand comes first."""
 
     def __sub__(self, other):
         return apply(subtract_array, self, other)
@@ -383,6 +385,11 @@ class Arithmetic:
     def __rtruediv__(self, other):
         """other / self, where other is no Tensor."""
         return apply(divide_array, other, self)
+
+
+# %% cell 62
+class Arithmetic(OrderedArithmetic):
+    """The operators of a Tensor that compute."""
 
     def __add__(self, other):
         return apply(add_array, self, other)
@@ -412,7 +419,7 @@ class Arithmetic:
         return apply(negative_array, self)
 
 
-# %% cell 62
+# %% cell 63
 class Comparison:
     """The operators of a Tensor that answer with booleans."""
 
@@ -437,7 +444,7 @@ class Comparison:
     __hash__ = object.__hash__  # Python drops it where __eq__ is defined; a set of Tensors needs it
 
 
-# %% cell 63
+# %% cell 64
 class Functions:
     """Functions of each number, and reductions."""
 
@@ -472,7 +479,7 @@ class Functions:
         return apply(argmax_array, self, dim=dim, keepdim=keepdim)
 
 
-# %% cell 64
+# %% cell 65
 def sizes_of(sizes):
     """Sizes given as several ints or as one tuple: reshape(2, 3) and reshape((2, 3)) mean the same."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
@@ -512,6 +519,46 @@ class Shaping:
 
 
 # %% cell 66
+class Values:
+    """The ways out of a Tensor: to NumPy, to Python, to the screen."""
+
+    def numpy(self):
+        """The array itself, not a copy."""
+        return self.data
+
+    def item(self):
+        """The one value as a Python number."""
+        if self.size != 1:
+            raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
+        return self.data.item()
+
+    def __repr__(self):
+        numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
+        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
+        return f"Tensor({numbers}{dtype}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype) if copy else np.asarray(self.data, dtype=dtype)
+
+    def __len__(self):
+        if self.ndim == 0:
+            raise TypeError("len() of a Tensor without dimensions. item() gives its number.")
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self):
+        return bool(self.item())
+
+    def __float__(self):
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
+
+# %% cell 68
 class Socket(threading.local):
     """Where an engine is plugged in, per thread; the class attribute is what a new thread finds."""
 
@@ -530,8 +577,8 @@ def plug_in(engine):
     return previous
 
 
-# %% cell 68
-class Tensor(Arithmetic, Comparison, Functions, Shaping):
+# %% cell 70
+class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
     """An array whose operations go through one door; PyTorch's torch.Tensor in small.
 
     Shares memory with an array that already has the dtype (as torch.from_numpy); copy() is independent.
@@ -571,16 +618,6 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping):
     def dtype(self):
         return self.data.dtype
 
-    def numpy(self):
-        """The array itself, not a copy."""
-        return self.data
-
-    def item(self):
-        """The one value as a Python number."""
-        if self.size != 1:
-            raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
-        return self.data.item()
-
     def copy(self):
         """An independent Tensor with the same numbers and no history."""
         return Tensor(self.data.copy(), self.requires_grad, self.dtype)
@@ -605,33 +642,8 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping):
             )
         _socket.engine.backward(self, gradient)
 
-    def __repr__(self):
-        numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
-        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
-        return f"Tensor({numbers}{dtype}{', requires_grad=True' if self.requires_grad else ''})"
 
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.data, dtype=dtype) if copy else np.asarray(self.data, dtype=dtype)
-
-    def __len__(self):
-        if self.ndim == 0:
-            raise TypeError("len() of a Tensor without dimensions. item() gives its number.")
-        return self.shape[0]
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
-    def __bool__(self):
-        return bool(self.item())
-
-    def __float__(self):
-        return float(self.item())
-
-    def __int__(self):
-        return int(self.item())
-
-
-# %% cell 71
+# %% cell 73
 def as_operand(x, inputs):
     """A plain operand: a Python number stays one, an array gets a dtype of the course (or float64 beside float64)."""
     if isinstance(x, np.generic):
@@ -658,7 +670,7 @@ def wrap(result, arrays):
     return output
 
 
-# %% cell 73 (01-apply)
+# %% cell 75 (01-apply)
 def apply(op, *inputs, **params):
     """Compute op on Tensors, arrays and numbers; returns a Tensor, and tells the engine where one is plugged in.
 
@@ -672,7 +684,7 @@ def apply(op, *inputs, **params):
     return output
 
 
-# %% cell 80
+# %% cell 82
 _rng = np.random.default_rng()
 
 
@@ -692,7 +704,7 @@ def randn(*shape, rng=None, requires_grad=False):
     return Tensor(rng.standard_normal(sizes_of(shape), dtype=np.float32), requires_grad)
 
 
-# %% cell 81
+# %% cell 83
 def zeros(*shape, requires_grad=False, dtype=np.float32):
     return Tensor(np.zeros(sizes_of(shape), dtype), requires_grad, dtype)
 
