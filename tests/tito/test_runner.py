@@ -272,7 +272,7 @@ def test_the_whole_run_has_a_limit_too(bench):
     started = time.monotonic()
     run = bench.run(*["while True: pass"] * 50, "#check\nassert True", limits=Limits(seconds=6, cell_seconds=2))
     assert time.monotonic() - started < 40
-    assert "a run may take 6 seconds" in run.problem or "Cell 1: took longer" in run.problem
+    assert "was stopped in cell" in run.problem and "a run may take 6 seconds" in run.problem
     assert run.earned == 0 and not run.passed
 
 
@@ -338,7 +338,7 @@ FLOODS = {
 @pytest.mark.parametrize("source", FLOODS.values(), ids=FLOODS)
 def test_endless_output_is_stopped_early(bench, source, tmp_path):
     run = bench.run("x = 1", source, "#check\nassert x == 1")
-    assert run.problem == "The run was stopped in cell 2: it printed more than 2 MB."
+    assert run.problem.startswith("The run was stopped in cell 2: it printed more than 2 MB")
     assert run.earned == 0 and "Not reached" in run.checks[0].message
     assert run.seconds < 40
 
@@ -354,8 +354,23 @@ def test_much_output_neither_fills_memory_nor_disk(bench):
     assert grown < 50_000, f"{grown} KiB"
 
 
-def test_two_megabytes_are_allowed(bench):
-    assert bench.run("print('x' * 1_000_000)", "#check\nprint('y' * 900_000)").passed
+def test_two_megabytes_of_text_and_some_pictures_are_allowed(bench):
+    picture = "from IPython.display import Image\nfor _ in range(20):\n    display(Image(bytes(200_000), format='png'))"
+    assert bench.run("print('x' * 1_000_000)", picture, "#check\nprint('y' * 900_000)").passed
+
+
+@posix
+def test_a_fork_that_comes_back_does_not_reply(bench):
+    source = "#check\nimport os\npid = os.fork()\nif pid:\n    os.waitpid(pid, 0)\n    assert 0, 'the parent decides'"
+    run = bench.run(source, "#check\nassert 1 == 1")
+    assert [check.passed for check in run.checks] == [False, True]
+    assert run.checks[0].message == "the parent decides"
+
+
+def test_a_file_in_the_course_does_not_disturb_the_runner(bench):
+    (bench.root / "queue.py").write_text("raise RuntimeError('not the library')")
+    (bench.root / "random.py").write_text("raise RuntimeError('not the library')")
+    assert bench.run("#check\nimport queue, random, subprocess\nassert queue.Queue").passed
 
 
 @posix

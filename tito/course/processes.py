@@ -22,7 +22,7 @@ TITO_HOME = Path(__file__).resolve().parents[2]
 
 # Variables of tito's own surroundings that would change what a run means: -O removes every assert.
 _DROPPED = {
-    "PYTHONOPTIMIZE", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONPATH", "MPLBACKEND", "FORCE_COLOR",
+    "PYTHONOPTIMIZE", "PYTHONSTARTUP", "PYTHONINSPECT", "MPLBACKEND", "FORCE_COLOR",
     "CLICOLOR_FORCE", "JPY_PARENT_PID", "IPYKERNEL_CELL_NAME",
 }  # fmt: skip
 
@@ -51,23 +51,21 @@ def remove_tree(folder: Path) -> None:
             pass
 
     for _ in range(3):  # a file may still be held for a moment (Windows), or have just been added
-        shutil.rmtree(folder, onerror=insist)
+        shutil.rmtree(folder, **{"onexc" if sys.version_info >= (3, 12) else "onerror": insist})
         if not folder.exists():
             return
         time.sleep(0.1)
 
 
-def environment(private: Path, package_root: Path) -> dict[str, str]:
-    """What student code sees: its package first on the path, private temporary folders, no colour."""
+def environment(private: Path) -> dict[str, str]:
+    """What a run sees: private temporary folders, no colour, and nothing that changes what Python means."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in _DROPPED and not name.startswith(("PYTEST_", "COV_CORE_", "JUPYTER"))
     }
-    path = [str(package_root), os.environ.get("PYTHONPATH", "")]
     temporary = str(private / "tmp")
     return kept | {
-        "PYTHONPATH": os.pathsep.join(p for p in path if p),
         "NO_COLOR": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "IPYTHONDIR": str(private / "ipython"),
@@ -89,10 +87,13 @@ class Job:
         self.private = private
         spec = spec | {"private": str(private), "mark": self.mark}
         (private / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        self._argv = [sys.executable, "-P", "-m", module, str(private / "spec.json")]
+        # As `python -m MODULE`, with tito's home last on the path in case it was never installed. As an entry of
+        # PYTHONPATH, a student's file `random.py` beside it would stand in for Python's own.
+        start = (
+            f"import runpy, sys; sys.path.append({str(TITO_HOME)!r}); runpy.run_module({module!r}, None, '__main__')"
+        )
+        self._argv = [sys.executable, "-P", "-c", start, str(private / "spec.json")]
         self._env = env | {MARK: self.mark}
-        # Last on the path: where tito lies, in case it was never installed.
-        self._env["PYTHONPATH"] += os.pathsep + str(TITO_HOME)
 
     def __enter__(self) -> Job:
         apart = (

@@ -14,7 +14,7 @@ from tito.course.files import write_atomic
 from tito.course.journal import STATE, locked, recover, remove_leftovers
 from tito.course.manifest import Lesson
 
-PATH = Path(STATE) / "progress.json"
+FILE = Path(STATE) / "progress.json"
 VERSION = 1
 ORIGIN = "Exported from {notebook} by `tito module complete {number}`: change it there, not here."
 MADE_BY_LEARNER = "by `tito module complete"  # in the head of a file that ORIGIN went into
@@ -65,7 +65,7 @@ def read(root: Path) -> Progress:
 
 def read_locked(root: Path) -> Progress:
     """`read`, for one who holds the lock."""
-    path = root / PATH
+    path = root / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
@@ -91,8 +91,8 @@ def update(root: Path, change: Callable[[Progress], Progress]) -> Progress:
     recover(root)
     with locked(root):
         progress = change(read_locked(root))
-        remove_leftovers(root / PATH)
-        write_atomic(root / PATH, progress.as_text())
+        remove_leftovers(root / FILE)
+        write_atomic(root / FILE, progress.as_text())
         return progress
 
 

@@ -12,18 +12,20 @@ from pathlib import Path
 
 from tito.course.errors import CourseError
 from tito.course.files import write_atomic
-from tito.course.journal import STATE
+from tito.course.journal import STATE, locked, remove_leftovers
 from tito.course.manifest import Course, Lesson
 from tito.course.progress import is_reference
 
 
 def keep_notebooks(course: Course) -> None:
     """Keep a copy of each notebook that is still as released. `start`, `test` and `complete` call this first."""
-    for lesson in course.lessons:
-        if not _is_released(lesson, _read(kept_notebook(lesson))):
-            text = _read(lesson.notebook)
-            if _is_released(lesson, text):
-                write_atomic(kept_notebook(lesson), text)
+    missing = [lesson for lesson in course.lessons if not _is_released(lesson, _read(kept_notebook(lesson)))]
+    texts = {kept_notebook(lesson): _read(lesson.notebook) for lesson in missing if _unchanged(lesson)}
+    if texts:
+        with locked(course.root):
+            for path, text in texts.items():
+                remove_leftovers(path)
+                write_atomic(path, text)
 
 
 def kept_notebook(lesson: Lesson) -> Path:
@@ -47,7 +49,7 @@ def notebook(lesson: Lesson) -> str:
         if _is_released(lesson, text):
             return text
     raise CourseError(
-        f"The notebook of lesson {lesson.folder} as it was released is not at hand: no copy was kept, and git has none.",
+        f"The released notebook of lesson {lesson.folder} is not at hand: no copy was kept, and git has none.",
         f"Take {lesson.notebook.name} from a fresh download of the course. Nothing was changed.",
     )
 
@@ -66,6 +68,10 @@ def reference(lesson: Lesson) -> str:
         f"The reference of {lesson.package_path.as_posix()} is not at hand: no copy was kept, and git has none.",
         "Take the file from a fresh download of the course. Nothing was changed.",
     )
+
+
+def _unchanged(lesson: Lesson) -> bool:
+    return _is_released(lesson, _read(lesson.notebook))
 
 
 def _is_released(lesson: Lesson, text: str | None) -> bool:

@@ -91,7 +91,7 @@ def complete(course: Course, lesson: Lesson, tell: Tell = lambda step: None, lim
         with locked(course.root):
             old = progress.package_text(lesson)
             now = progress.read_locked(course.root).completed(lesson, result.earned, result.text)
-            texts = {lesson.package_path: result.text, progress.PATH: now.as_text()}
+            texts = {lesson.package_path: result.text, progress.FILE: now.as_text()}
             kept = released.kept_reference(lesson)
             if progress.is_reference(old) and not (course.root / kept).exists():
                 texts = {kept: old, **texts}
@@ -114,7 +114,7 @@ def reset(course: Course, lesson: Lesson) -> Reset:
         with locked(course.root):
             now = progress.read_locked(course.root)
             if lesson.number in now.lessons:
-                texts[progress.PATH] = now.without(lesson).as_text()
+                texts[progress.FILE] = now.without(lesson).as_text()
             commit(course.root, texts)
         return Reset(lesson, backup, tuple(texts))
 

@@ -74,7 +74,8 @@ def problem_of_run(story, where: dict[int, str], limits, last_words: str) -> str
             "so the run was stopped there. Is there a loop that never ends?"
         )
     if why == "output":
-        return f"The run was stopped in {cell}: it printed more than {limits.output_bytes / 1e6:g} MB."
+        much = f"more than {limits.output_bytes / 1e6:g} MB of text, or too many pictures"
+        return f"The run was stopped in {cell}: it printed {much}."
     if why == "memory":
         return f"The run was stopped in {cell}: it used more than {limits.memory_bytes / 2**30:g} GiB of memory."
     return f"The kernel died in {cell}: {_death(story.stopped['code'])}."

@@ -1,4 +1,4 @@
-"""An IPython kernel with bounds: `python kernel.py CONNECTION_FILE BOUNDS_AS_JSON`. Imports nothing of tito.
+"""An IPython kernel with bounds: `python kernel.py CONNECTION_FILE SPEC_AS_JSON`. Imports nothing of tito.
 
 The bounds are set inside, because there they hold before anything is copied: printed text is counted as it is
 written, memory and file sizes are limited by the system. What remains is watched from outside (run_notebook).
@@ -36,30 +36,37 @@ def bound_resources(memory: int, file_size: int) -> None:
 
 
 def bound_output(limit: int) -> None:
-    """End the kernel as soon as more than `limit` bytes were printed or displayed."""
+    """End the kernel once more than `limit` characters were printed, or ten times that in messages (plots)."""
     from ipykernel.iostream import IOPubThread, OutStream
 
-    printed = 0
-
-    def count(size: int) -> None:
-        nonlocal printed
-        printed += size
-        if printed > limit:
-            os._exit(TOO_MUCH_OUTPUT)
-
+    printed = sent = 0
     write, send = OutStream.write, IOPubThread.send_multipart
 
     def counted_write(self, string):
-        if isinstance(string, str):
-            count(len(string))
+        nonlocal printed
+        printed += len(string) if isinstance(string, str) else 0
+        if printed > limit:
+            os._exit(TOO_MUCH_OUTPUT)
         return write(self, string)
 
     def counted_send(self, parts, *args, **kwargs):
-        if b'"stream"' not in bytes(parts[-4][:400] if len(parts) > 3 else b""):  # streams were counted as written
-            count(sum(len(part) for part in parts[-1:]))
+        nonlocal sent
+        sent += sum(len(part) for part in parts)
+        if sent > 10 * limit:
+            os._exit(TOO_MUCH_OUTPUT)
         return send(self, parts, *args, **kwargs)
 
     OutStream.write, IOPubThread.send_multipart = counted_write, counted_send
+
+
+def use_package(root: str) -> None:
+    """Put the folder of `tinytorch` first on the path, here and in what student code starts.
+
+    Done only now, with the libraries loaded: a student's file `random.py` beside the package cannot stand in for
+    one of theirs.
+    """
+    sys.path.insert(0, root)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 class Watch:
@@ -68,6 +75,7 @@ class Watch:
     def __init__(self, shell):
         self.shell = shell
         self.streams = (sys.stdout, sys.stderr)
+        self.process = os.getpid()
         self.names: dict[str, str] = {}  # name that IPython compiles a cell under -> number of the cell
         # Nobody reads IPython's own tracebacks, and making one may itself fail or take long.
         shell.showtraceback = shell.showsyntaxerror = lambda *args, **kwargs: None
@@ -85,6 +93,8 @@ class Watch:
 
     def after(self, result) -> None:
         """Put back replaced streams (the reply needs them), and report the error, if any, in plain words."""
+        if os.getpid() != self.process:  # a fork that came back from the cell: it must not reply
+            os._exit(1)
         sys.stdout, sys.stderr = self.streams
         for slot in ("error_before_exec", "error_in_exec"):
             error = getattr(result, slot, None)
@@ -118,8 +128,8 @@ class Watch:
 
 
 def main() -> None:
-    connection_file, bounds = sys.argv[1], json.loads(sys.argv[2])
-    bound_resources(bounds["memory_bytes"], bounds["file_bytes"])
+    connection_file, spec = sys.argv[1], json.loads(sys.argv[2])
+    bound_resources(spec["memory_bytes"], spec["file_bytes"])
     sys.modules.setdefault("debugpy", None)  # no debugger here; importing it costs a quarter of the start
     from ipykernel.kernelapp import IPKernelApp
 
@@ -128,7 +138,8 @@ def main() -> None:
         ["-f", connection_file, "--HistoryManager.enabled=False", "--InteractiveShell.colors=NoColor",
          "--InteractiveShell.xmode=Minimal"]
     )  # fmt: skip
-    bound_output(bounds["output_bytes"])
+    bound_output(spec["output_bytes"])
+    use_package(spec["package_root"])
     Watch(app.shell)
     app.start()
 

@@ -49,10 +49,10 @@ class Kernel:
         self.client = BlockingKernelClient(connection_file=connection_file)
         self.client.load_connection_file()
         program = Path(__file__).with_name("kernel.py")
-        bounds = {name: spec[name] for name in ("memory_bytes", "file_bytes", "output_bytes")}
+        told = {name: spec[name] for name in ("memory_bytes", "file_bytes", "output_bytes", "package_root")}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(program), connection_file, json.dumps(bounds)],
-            cwd=private / "work", env=spec["env"] | {MARK: spec["mark"], "JPY_PARENT_PID": str(os.getpid())},
+            [sys.executable, "-P", str(program), connection_file, json.dumps(told)],
+            cwd=private / "work", env=os.environ | {MARK: spec["mark"], "JPY_PARENT_PID": str(os.getpid())},
             start_new_session=os.name == "posix", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -62,7 +62,11 @@ class Kernel:
         """Ask until the kernel answers."""
         deadline = time.monotonic() + seconds
         request = self.client.kernel_info()
-        if self._reply(request, deadline) is None:
+        try:
+            reply = self._reply(request, deadline)
+        except Stopped as stop:
+            raise Stopped("start", stop.code) from None
+        if reply is None:
             raise Stopped("start")
 
     def run(self, number: int, source: str, seconds: float) -> dict:
@@ -141,7 +145,10 @@ def run_cells(spec: dict, line: Line) -> None:
             if left <= 0:
                 raise Stopped("time")
             line.say(event="start", cell=number)
-            line.say(event="end", cell=number, **kernel.run(number, source, min(left, spec["cell_seconds"])))
+            ending = kernel.run(number, source, min(left, spec["cell_seconds"]))
+            if ending["late"] and left < spec["cell_seconds"]:
+                raise Stopped("time")
+            line.say(event="end", cell=number, **ending)
         line.say(event="finished")
     except Stopped as stop:
         why = "time" if stop.why == "stuck" and time.monotonic() > deadline else stop.why

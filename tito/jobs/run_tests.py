@@ -71,12 +71,13 @@ def import_all(names: list[str], package_root: str, line: Line) -> bool:
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     line = Line(spec["private"], spec["mark"])
-    from tito.jobs.kernel import bound_resources
+    import pytest
+
+    from tito.jobs.kernel import bound_resources, use_package
 
     bound_resources(spec["memory_bytes"], spec["file_bytes"])
+    use_package(spec["package_root"])
     if import_all(spec["imports"], spec["package_root"], line) and spec["tests"]:
-        import pytest
-
         config = Path(spec["private"]) / "pytest.ini"
         config.write_text("[pytest]\n", encoding="utf-8")
         pytest.main(
