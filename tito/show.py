@@ -72,7 +72,7 @@ def wrapped(text: str, first: str = "", rest: str | None = None, stderr: bool = 
     return "\n".join(lines)
 
 
-def clipped(text: str, lines: int = 10, columns: int = 400) -> str:
+def clipped(text: str, lines: int = 6, columns: int = 400) -> str:
     """A long message by its first and last lines: a learner's error may hold a whole array."""
     pieces = [piece if len(piece) <= columns else piece[:columns] + " ..." for piece in text.splitlines()]
     if len(pieces) > lines:

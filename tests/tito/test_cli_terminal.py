@@ -71,7 +71,7 @@ class TestCharacters:
     @pytest.mark.parametrize("arguments", COMMANDS)
     def test_every_encoding_can_carry_the_output(self, course, encoding, arguments):
         done = course.tito(*arguments, PYTHONIOENCODING=encoding)
-        assert done.returncode == course.tito(*arguments).returncode
+        assert done.returncode == (2 if arguments == ["modul"] else 0), done.stderr
         assert "Traceback" not in done.stderr and "?" not in done.stdout + done.stderr.replace(
             "'modul'. Did you mean 'module'?", ""
         )
