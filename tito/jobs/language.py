@@ -6,22 +6,37 @@ The text is the documentation topics that every Python carries (pydoc_data): abo
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
-from tinytorch.core.training import load_checkpoint, save_checkpoint
-from tinytorch.text.tokenization import BPETokenizer
 
+from tinytorch.core.training import load_checkpoint, save_checkpoint
 from tinytorch.models.transformer import GPT
+from tinytorch.text.tokenization import BPETokenizer
 
 CHECKPOINT = Path(__file__).with_name("demo.safetensors")
 
 
 def text() -> str:
-    """All topics, in the order of their names."""
+    """All topics, in the order of their names, with the lines of a paragraph joined."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    return "\n\n".join(joined(topics[name].strip()) for name in sorted(topics))
+
+
+def joined(text: str, wrapped: int = 50) -> str:
+    """A line of more than `wrapped` characters goes on in the next one, if that is indented alike."""
+    lines: list[str] = []
+    goes_on, margin = False, 0
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if goes_on and line.strip() and indent == margin:
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line.rstrip())
+        goes_on, margin = len(line.strip()) > wrapped, indent
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
 def splits(ids: list[int], share: float = 0.05) -> tuple[np.ndarray, np.ndarray]:

@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tinytorch.core.training import CosineSchedule, Trainer
-from tinytorch.text.tokenization import BPETokenizer
 
 from tinytorch.core.losses import CrossEntropyLoss
 from tinytorch.core.optimizers import AdamW
 from tinytorch.core.tensor import manual_seed
+from tinytorch.core.training import CosineSchedule, Trainer
 from tinytorch.models.transformer import GPT
+from tinytorch.text.tokenization import BPETokenizer
 from tito.jobs import language
 
 SIZES = {"vocab_size": 1024, "embed_dim": 128, "num_layers": 4, "num_heads": 4, "max_seq_len": 256}
-SEED, BATCH_SIZE, MAX_LR = 17, 8, 2e-3
+SEED, BATCH_SIZE, MAX_LR = 17, 8, 4e-3
 
 
 def train(out: Path, steps: int) -> float:
@@ -42,7 +42,7 @@ def train(out: Path, steps: int) -> float:
     training, validation = language.splits(ids)
     trainer = Trainer(
         model,
-        AdamW(model.parameters(), lr=MAX_LR, weight_decay=0.05),
+        AdamW(model.parameters(), lr=MAX_LR, weight_decay=0.1),
         CrossEntropyLoss(),
         schedule=CosineSchedule(MAX_LR, steps, warmup_steps=steps // 20, min_lr=MAX_LR / 20),
         max_grad_norm=1.0,
