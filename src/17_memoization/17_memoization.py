@@ -22,11 +22,6 @@ faster.
 
 **Needs** lessons 01, 03, 05, 12, 13 and 14. **Exported** to `tinytorch.generation.kv_cache`. **Time** 90 minutes.
 
-1 the cost of forgetting · 2 what never changes · 3 bytes · 4 the store · 5 two steps · 6 the cache · 7 cached
-attention · 8 where a pass begins and ends · 9 joining the model · 10 proof · 11 prompts and ragged rows · 12
-speed · 13 memory · 14 rollback and reorder · 15 training mode · 16 serving · 17 mistakes and pictures · 18 the
-end
-
 A cache is for **inference only**: what is stored carries no gradients. Section 15 shows what that means.
 """
 
@@ -90,8 +85,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The first rounds differ little: there the fixed cost of some hundred NumPy calls rules. Then the cost follows
-the length.
+Twice the length costs less than twice the time at first: there the fixed cost of some hundred NumPy calls
+rules. Then the cost follows the length.
 
 Count the work. Every forward pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and
 4 new ones, without and with a memory:
@@ -216,7 +211,10 @@ like this.
 *Look back.* Why does layer 0 not change even without the mask? (Its keys are made from the embeddings, before any
 token has looked at another.) And why do we keep keys and values, but not queries? (The query of token *t* asks one
 question, in the round of token *t*. The later rounds ask with their own. Only keys and values are read again.)
+"""
 
+# %% [markdown]
+"""
 ## 3. Bytes
 
 Memory is the price. One token leaves, in each layer, one key and one value for each key-value head, D numbers each:
@@ -1075,7 +1073,10 @@ if __name__ == "__main__":
 *Look back.* The scores of one decode step have T = 1 row and S columns. Which lines of
 `CachedAttention.forward` still cost more with every token? (Only `attend`, and it is two products of a vector
 with a matrix. The projections run on one token, whatever the history.)
+"""
 
+# %% [markdown]
+"""
 ## 8. Where a pass begins and ends
 
 The blocks are one half. At the start of a pass stands the position embedding: given the single token `e` it
@@ -1288,8 +1289,7 @@ def enable_kv_cache(model=None, *sizes, **options):
                  num_heads=getattr(model, "num_kv_heads", model.num_heads),
                  head_dim=model.embed_dim // model.num_heads)
     cache = create_kv_cache(**{**found, **options})
-    disable_kv_cache(model)
-    attach(model, cache)
+    attach(model, cache)  # in the place of an earlier cache, if there was one
     model._kv_cache, model._cache_enabled = cache, True
     return cache
 
@@ -1371,7 +1371,10 @@ if __name__ == "__main__":
 *Look back.* What if the *first* token of a sequence changes? (Every later logit changes, and the cache is
 useless: all keys and values of later tokens depend on it. Try it with `layer_keys`.) That is why chat programs
 keep a fixed system prompt at the front, and never edit it.
+"""
 
+# %% [markdown]
+"""
 ## 11. Prompts and ragged rows
 
 Reading a prompt is called *prefill*: many tokens in one pass, in large matrix products. A long prompt is often
@@ -1520,10 +1523,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The measured speed-up stays below the count. The second table says why: with the cache the machine does fewer
-operations *per second*. A pass over many tokens is a product of matrices: each weight, once read, serves all
-rows. A pass over one token is a product of a vector with a matrix: each weight is read for two operations, and
-the rest of the time the processor waits for memory. On top comes the fixed cost of some hundred NumPy calls per
+Where the measured speed-up stays below the count, the lower table says why: with the cache the machine does
+fewer operations *per second*. A pass over many tokens multiplies matrices: each weight, once read, serves all
+rows. A pass over one token multiplies a vector with a matrix: each weight is read for two operations, and the
+rest of the time the processor waits for memory. On top comes the fixed cost of some hundred NumPy calls per
 token, the same for one row as for many.
 
 So a cache turns the cost **per token** from "all tokens so far, through everything" into "one token, plus

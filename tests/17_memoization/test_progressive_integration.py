@@ -920,6 +920,10 @@ class TestEnableKVCacheIntegration:
         model.eval()
         model(ids)
         assert cache.seq_pos == 6, "eval mode uses the cache again"
+        got = gradients(model.train())
+        for name, gradient in expected.items():
+            np.testing.assert_array_equal(got[name], gradient, err_msg=f"{name}, with tokens in the cache")
+        assert cache.seq_pos == 6
 
     def test_an_explicit_cache_in_training_mode_is_an_error(self):
         model = lively_gpt().train()

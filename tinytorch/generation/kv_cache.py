@@ -114,7 +114,7 @@ def token_rows(prompt_len, max_new_tokens, cached):
     return sum(prompt_len + i for i in range(max_new_tokens))
 
 
-# %% cell 15 (17-bytes)
+# %% cell 16 (17-bytes)
 def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
     """Bytes of the keys and values of `num_tokens` tokens (of all rows of a batch together).
 
@@ -124,7 +124,7 @@ def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * itemsize
 
 
-# %% cell 18
+# %% cell 19
 def whole_number(name, value, least=1):
     """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
@@ -142,7 +142,7 @@ def storage_dtype(dtype):
     raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
 
 
-# %% cell 19
+# %% cell 20
 @dataclass(frozen=True)
 class KVCacheConfig:
     """The sizes of a cache, and from them its bytes, before anything is allocated.
@@ -178,7 +178,7 @@ KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
 }
 
 
-# %% cell 21 (17-write)
+# %% cell 22 (17-write)
 def write_tokens(store, new, lengths, n_new):
     """Write each row's first n_new tokens behind those that the row holds, in place.
 
@@ -188,7 +188,7 @@ def write_tokens(store, new, lengths, n_new):
         store[row, :, start : start + count] = new[row, :, :count]
 
 
-# %% cell 24 (17-slots)
+# %% cell 25 (17-slots)
 def next_positions(lengths, n_new, seq_len):
     """The positions of the next tokens: (B, T), T = seq_len; -1 for padding beyond a row's n_new.
 
@@ -209,7 +209,7 @@ def slot_positions(lengths):
     return np.where(slots < np.array(lengths)[:, None], slots, -1)
 
 
-# %% cell 27 (17-room)
+# %% cell 28 (17-room)
 def check_room(lengths, n_new, max_seq_len):
     """ValueError when a row has no room for its new tokens; it names max_seq_len, tokens stored, asked for and free."""
     for row, (stored, asked) in enumerate(zip(lengths, n_new)):
@@ -220,7 +220,7 @@ def check_room(lengths, n_new, max_seq_len):
             )
 
 
-# %% cell 30
+# %% cell 31
 def per_row(name, value, batch_size):
     """One whole number per row, as a list; a single number counts for every row."""
     values = value.tolist() if isinstance(value, np.ndarray) else value
@@ -257,7 +257,7 @@ def check_chunk(key, value, n_new, lengths, max_seq_len):
     return n_new
 
 
-# %% cell 32 (17-ledger)
+# %% cell 33 (17-ledger)
 class CacheStateError(ValueError):
     """The calls came in an order that no forward pass makes."""
 
@@ -300,7 +300,7 @@ class CacheLedger:
         self.close_pass()
 
 
-# %% cell 35
+# %% cell 36
 class KVStore:
     """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
 
@@ -365,7 +365,7 @@ class KVStore:
         self.close()
 
 
-# %% cell 36
+# %% cell 37
 class CacheRows:
     """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
 
@@ -411,7 +411,7 @@ class CacheRows:
         return self.clone()
 
 
-# %% cell 38 (17-cache)
+# %% cell 39 (17-cache)
 class KVView(NamedTuple):
     """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
 
@@ -538,7 +538,7 @@ class KVCache(KVStore, CacheRows):
         return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
 
-# %% cell 43
+# %% cell 44
 class StandIn(Module):
     """A part of a model that stands in for another: the same parameters under the same names, the same attributes."""
 
@@ -562,7 +562,7 @@ class StandIn(Module):
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
 
-# %% cell 45 (17-attention)
+# %% cell 46 (17-attention)
 class CachedAttention(StandIn):
     """Attention with one cache.update between project and attend; in training mode, the attention it stands for."""
 
@@ -583,7 +583,7 @@ class CachedAttention(StandIn):
         return self.part.merge(self.part.attend(query, key, value, visible))
 
 
-# %% cell 49 (17-ends)
+# %% cell 51 (17-ends)
 class CountingPositions(StandIn):
     """A position embedding that counts on from the cached tokens. A cached forward pass begins here."""
 
@@ -608,7 +608,7 @@ class CommittingNorm(StandIn):
         return y
 
 
-# %% cell 52 (17-join)
+# %% cell 54 (17-join)
 def original(part):
     """The part that a stand-in stands for; any other part is itself."""
     return part.part if isinstance(part, StandIn) else part
@@ -630,7 +630,7 @@ def attention_parts(model, cache, n_new=None):
     ]
 
 
-# %% cell 54
+# %% cell 56
 def require_parts(model):
     """AttributeError that names everything that the model lacks for a cache."""
     needed = ("embed_dim", "num_layers", "num_heads", "max_seq_len", "blocks", "position_embedding", "norm")
@@ -673,7 +673,7 @@ def attached(model, cache, n_new=None):
         put_parts(replaced)
 
 
-# %% cell 55
+# %% cell 57
 def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
     """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker."""
     return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
@@ -695,8 +695,7 @@ def enable_kv_cache(model=None, *sizes, **options):
                  num_heads=getattr(model, "num_kv_heads", model.num_heads),
                  head_dim=model.embed_dim // model.num_heads)
     cache = create_kv_cache(**{**found, **options})
-    disable_kv_cache(model)
-    attach(model, cache)
+    attach(model, cache)  # in the place of an earlier cache, if there was one
     model._kv_cache, model._cache_enabled = cache, True
     return cache
 
@@ -708,7 +707,7 @@ def disable_kv_cache(model):
     model._kv_cache, model._cache_enabled = None, False
 
 
-# %% cell 60 (17-prefill)
+# %% cell 63 (17-prefill)
 def run_in_chunks(model, ids, cache, chunk, n_new):
     """Run ids (B, T) into the cache, `chunk` tokens at a time; return the list of the logits of each chunk.
 
@@ -746,7 +745,7 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
         model.train(was_training)
 
 
-# %% cell 63
+# %% cell 66
 def generation_flops(model, prompt_len, max_new_tokens, cached):
     """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
     weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
@@ -758,7 +757,7 @@ def generation_flops(model, prompt_len, max_new_tokens, cached):
     return flops
 
 
-# %% cell 64
+# %% cell 67
 def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
     """Measure generation with and without a cache; print and return one dict per prompt length.
 
@@ -787,7 +786,7 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
     return rows
 
 
-# %% cell 68
+# %% cell 71
 def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
     """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
 
@@ -818,7 +817,7 @@ def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_hea
     return "\n".join(lines)
 
 
-# %% cell 69
+# %% cell 72
 def analyze_kvcache_memory(models=None, batch_size=1):
     """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
 
@@ -843,7 +842,7 @@ def analyze_kvcache_memory(models=None, batch_size=1):
     return rows
 
 
-# %% cell 74 (17-rows)
+# %% cell 77 (17-rows)
 def clear_slots(store, starts, stops):
     """Zero the slots start .. stop - 1 of each row, in all layers, keys and values: store (L, 2, B, H, S, D)."""
     for row, (start, stop) in enumerate(zip(starts, stops)):
@@ -855,7 +854,7 @@ def gather_rows(store, rows):
     store[...] = store[:, :, rows]  # indexing by a list copies, so nothing is read after it was overwritten
 
 
-# %% cell 81
+# %% cell 84
 class LayerKVCache:
     """The cache of one layer on its own: two arrays (B, H, S, D), public and writable, and a length per row.
 
@@ -905,7 +904,7 @@ class LayerKVCache:
         return lengths
 
 
-# %% cell 83 (17-stateless)
+# %% cell 86 (17-stateless)
 def attend_last(query, cache, lengths):
     """Attention of each row's last T tokens over all that the row holds: (B, H, T, D) -> (B, H, T, D), float32.
 
@@ -937,7 +936,7 @@ def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     return Tensor(output) if isinstance(query_input, Tensor) else output
 
 
-# %% cell 85
+# %% cell 88
 class IncrementalDecoder:
     """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 
