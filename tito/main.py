@@ -143,6 +143,8 @@ def demo(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the GPT that comes with the course.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Train a GPT first, about two minutes.")] = False,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="With --train: how many steps.")] = 600,
+    checkpoint: Checkpoint = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 120,
 ) -> int:
     """See the whole idea at work: a GPT with and without the KV cache."""
@@ -150,7 +152,7 @@ def demo(
 
     if quick and train:
         raise CourseError("--quick and --train exclude each other.", "Choose one.")
-    return job.run_demo(_course(), prompt or job.PROMPT, tokens, train)
+    return job.run_demo(_course(), prompt or job.PROMPT, tokens, train, steps, checkpoint)
 
 
 @app.command()

@@ -132,7 +132,7 @@ def index_entry(lesson: Lesson) -> dict:
         if cell.is_check:
             points = raw[cell.number - 1]["metadata"]["nbgrader"]["points"]
             exercise = cell.grade_id.removeprefix(f"{lesson.number}-").removesuffix("-test")
-            title = titles.get(exercise, exercise.replace("-", " ").capitalize())
+            title = titles.get(exercise, "The whole lesson" if exercise == "module" else exercise.replace("-", " "))
             checks.append({"id": cell.grade_id, "title": title, "points": points, "digest": digest(cell.source)})
     exercises = [
         {

@@ -20,11 +20,14 @@ from tito.course.manifest import Course, Lesson
 
 CHECKPOINT = Path(__file__).parents[1] / "jobs" / "demo.safetensors"
 PROMPT = "The for statement is used to"
-TRAINING_STEPS = 600
+SAMPLING = ["--temperature", "0.7", "--top-k", "20", "--seed", "17"]  # livelier than greedy, and as repeatable
 CACHE_LESSON = "memoization"
-# glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training step;
-# these tell it to keep them. Other platforms ignore the names.
-KEEP_MEMORY = {
+ENVIRONMENT = {
+    # One BLAS thread: matrices as small as the demo's gain nothing from a second one.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training
+    # step; these tell it to keep them. Other platforms ignore the names.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -36,7 +39,7 @@ def run_demo(
     prompt: str = PROMPT,
     new_tokens: int = 120,
     train: bool = False,
-    steps: int = TRAINING_STEPS,
+    steps: int = 600,
     checkpoint: Path | None = None,
     out: Path | None = None,
 ) -> int:
@@ -65,7 +68,7 @@ def run_demo(
         plot = out.resolve() / "kv-cache-time-per-token.png"
         return run_job("generate", scratch, [
             "--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens),
-            "--describe", "--compare", "--measure", "--plot", str(plot),
+            "--describe", "--compare", "--measure", "--plot", str(plot), *SAMPLING,
         ])  # fmt: skip
 
 
@@ -96,10 +99,10 @@ def copy_course(course: Course, to: Path) -> Path:
         if (course.root / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "backups")
             shutil.copytree(course.root / name, to / name, ignore=ignore)
-    state = course.root / progress.PATH
+    state = course.root / progress.FILE
     if state.is_file():
-        (to / progress.PATH).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(state, to / progress.PATH)
+        (to / progress.FILE).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(state, to / progress.FILE)
     return to
 
 
@@ -127,7 +130,7 @@ def run_python(arguments: list[str], root: Path) -> int:
     """Run this Python in `root`, with its package first on the path and tito's own after it."""
     home = str(Path(__file__).parents[2])
     path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    env = {**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     sys.stdout.flush()
     try:
         return subprocess.run([sys.executable, *arguments], cwd=root, env=env).returncode

@@ -186,6 +186,6 @@ def kernel(course: Course) -> Finding:
         run = run_notebook(nothing, path)
     wrong = run.problem or next(iter(run.notes), None)
     if wrong:
-        advice = f"Install it anew: `{sys.executable} -m pip install --force-reinstall ipykernel nbclient`."
+        advice = f"Install it anew: `{sys.executable} -m pip install --force-reinstall ipykernel jupyter_client`."
         return Finding("kernel", "problem", wrong, advice)
     return Finding("kernel", "ok", f"starts and computes, {run.seconds:.1f} s")
