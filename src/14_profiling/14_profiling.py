@@ -907,7 +907,9 @@ class Profiler:
 # %% nbgrader={"grade": false, "grade_id": "14-measure-layers", "locked": true, "schema_version": 3, "solution": false, "task": false}
 if __name__ == "__main__":
     model = GPT(vocab_size=512, embed_dim=128, num_layers=2, num_heads=4, max_seq_len=128)
-    print(Profiler().report(model, (1, 128)))
+    rows = Profiler().profile_layers(model, (1, 128))
+    print(layer_table(rows))
+    plot_layers(rows)
 
 # %% [markdown]
 """
@@ -975,9 +977,9 @@ if __name__ == "__main__":
 * Own time names the culprit; FLOPs alone do not.
 
 **Exercises.** (1) Enter a formula for `layer_norm_array`, about 8 FLOPs per number: how much does the total
-change? (2) Profile the same GPT at 8 and at 128 tokens: which rows grow faster than the others? (3) Draw
-`plot_layers(profile_layers(model, (1, 128)))`. (4) Measure one call with 1, 7 and 50 repeats, five times each: how far
-apart do the medians lie?
+change? (2) Profile the same GPT at 8 and at 128 tokens: which rows grow faster than the others? (3) Profile a model
+with 64 tokens and batch 1, then 8 tokens and batch 8: same FLOPs in which rows, same time in which? (4) Measure one
+call with 1, 7 and 50 repeats, five times each: how far apart do the medians lie?
 
 **Design note.** PyTorch's profiler (Kineto) records every operation with its time, at a price per event, and shows a
 trace; a sampling profiler such as py-spy looks at the stack a hundred times a second, at next to no price, and shows
