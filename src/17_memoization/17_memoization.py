@@ -547,7 +547,8 @@ class CacheLedger:
     """Which tokens are committed and which are pending. It counts; it holds no arrays.
 
     lengths: committed tokens per row. The open pass: `written`, the layers that have written it (none: no pass is
-    open), `n_new`, what it adds to each row, and `seq_len`, the width T of its chunk.
+    open), `n_new`, what it adds to each row, `seq_len`, the width T of its chunk, and `failed`: an update was refused
+    for its data, so the pass may be started anew.
     """
 
     def __init__(self, batch_size):
@@ -744,7 +745,8 @@ The cache itself is one forward pass, and two bodies are yours.
 values of *this* layer behind what each row has stored, and return a `KVView` of stored **and** new tokens: the
 newest token must see itself. `self._read(layer_idx, S)` gives the two Tensors, `slot_positions` the positions.
 
-`reset` makes the cache as new: no bytes, no lengths, nothing pending.
+`reset` makes the cache as new: no bytes, no lengths, nothing pending. (The cell is long because a class is not cut;
+its methods are short.)
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-cache", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -2096,6 +2098,7 @@ def plot_attention_over_cache(weights):
     for head, axis in enumerate(axes):
         axis.imshow(weights[:, head], vmin=0, vmax=1, cmap="cividis")
         axis.set(title=f"head {head}", xlabel="position of the key", ylabel="pass" if head == 0 else "")
+        axis.set(xticks=range(0, len(weights), 3), yticks=range(0, len(weights), 3))
     plt.show()
 
 

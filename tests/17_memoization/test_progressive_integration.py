@@ -20,15 +20,21 @@ from tinytorch.generation.kv_cache import (
     KVView,
     LayerKVCache,
     MemoryTracker,
+    analyze_kvcache_memory,
+    analyze_kvcache_speedup,
     create_kv_cache,
     disable_kv_cache,
     enable_kv_cache,
+    generation_flops,
     memory_analysis,
     memory_growth_table,
     multi_head_attention_with_cache,
     prefill,
+    profile_naive_generation,
+    token_rows,
 )
 from tinytorch.models.transformer import GPT
+from tinytorch.profiling.profiler import Profiler
 
 
 # ---- the oracles and what they are asked about
@@ -663,8 +669,51 @@ class TestCacheGenerationLoop:
         assert [cache.seq_lens for cache in decoder.caches] == [[3], [3]]
 
 
+    @pytest.mark.parametrize("prompt_len, count", [(5, 1), (5, 4), (1, 6)])
+    def test_the_counted_flops_are_those_that_lesson_14_counts(self, prompt_len, count):
+        model = lively_gpt()
+        per_head = 2 * 23 * 16
+
+        def counted(seq_len):  # a forward pass sends every row through the head, generation only the last
+            return Profiler().count_flops(model, ids_for((1, seq_len))) - (seq_len - 1) * per_head
+
+        whole = sum(counted(prompt_len + i) for i in range(count))
+        assert generation_flops(model, prompt_len, count, cached=False) == whole > 0
+        first = counted(prompt_len)
+        assert generation_flops(model, prompt_len, 1, cached=True) == first
+        # one more token in a full pass: its row over P + 1 keys, and one key more for each of the P rows before it
+        # (they do not see it, but a masked product computes their scores as well); with a cache: its row alone
+        more = counted(prompt_len + 1) - first - 4 * 3 * 16 * prompt_len
+        assert generation_flops(model, prompt_len, 2, cached=True) == first + more + per_head
+
+    def test_the_analyses_print_what_they_measured(self, capsys):
+        model = lively_gpt()
+        rows = analyze_kvcache_speedup(model, lengths=(2, 5), max_new_tokens=3, repeats=1)
+        printed = capsys.readouterr().out.splitlines()
+        assert [row["prompt_len"] for row in rows] == [2, 5] and len(printed) == 3
+        for row, line in zip(rows, printed[1:]):
+            assert row["same_tokens"] is True and row["seconds_with"] > 0
+            assert row["speedup"] == row["seconds_without"] / row["seconds_with"]
+            assert f"{row['speedup']:.1f}x" in line and line.endswith("True")
+        measured = profile_naive_generation(model, lengths=(2, 4, 8), repeats=1)
+        assert [length for length, _ in measured] == [2, 4, 8] and all(seconds > 0 for _, seconds in measured)
+        assert len(capsys.readouterr().out.splitlines()) == 4
+        assert token_rows(5, 3, cached=False) == 18 and token_rows(5, 3, cached=True) == 7
+
+
 class TestCacheMemoryScaling:
     """Bytes: predicted, measured, and equal."""
+
+    def test_the_memory_analysis_prints_the_figures_of_known_models(self, capsys):
+        rows = {row["model"]: row for row in analyze_kvcache_memory()}
+        figures = {name: (row["bytes_per_token"], row["MiB_float16"], row["MiB_float32"]) for name, row in rows.items()}
+        assert figures == {
+            "GPT-2": (36_864, 36, 72), "Qwen2.5-0.5B": (12_288, 24, 48), "Llama-3-8B": (131_072, 512, 1024),
+            "Llama-3-70B": (327_680, 2560, 5120), "GPT-3": (4_718_592, 9216, 18432),
+        }
+        printed = capsys.readouterr().out
+        for number in ("36,864", "12,288", "131,072", "327,680", "4,718,592", "18,432"):
+            assert number in printed
 
     @pytest.mark.parametrize("sizes, per_token, context, half_mib", [
         ((12, 12, 64), 36_864, 1024, 36),

@@ -266,7 +266,8 @@ class CacheLedger:
     """Which tokens are committed and which are pending. It counts; it holds no arrays.
 
     lengths: committed tokens per row. The open pass: `written`, the layers that have written it (none: no pass is
-    open), `n_new`, what it adds to each row, and `seq_len`, the width T of its chunk.
+    open), `n_new`, what it adds to each row, `seq_len`, the width T of its chunk, and `failed`: an update was refused
+    for its data, so the pass may be started anew.
     """
 
     def __init__(self, batch_size):
