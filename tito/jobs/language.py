@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,20 @@ def save(path: Path, model: GPT, config: dict, tokenizer: BPETokenizer, notes: d
 
 
 def load(path: Path) -> tuple[GPT, BPETokenizer, dict[str, str]]:
-    """The model in eval mode with float32 weights, its tokenizer, and the notes of who made it."""
+    """The model in eval mode with float32 weights, its tokenizer, and the notes of who made it.
+
+    A file that is no such checkpoint ends the program with one sentence.
+    """
+    try:
+        return _load(path)
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        sys.exit(f"tito: {path} cannot be used: {error}")
+
+
+def _load(path: Path) -> tuple[GPT, BPETokenizer, dict[str, str]]:
     tensors, metadata = load_checkpoint(path)
     if "config" not in metadata or "tokenizer" not in metadata:
-        raise ValueError(f"{path} lacks the model's config and tokenizer; `tito demo --train` makes a whole one")
+        raise ValueError("it lacks the model's config and tokenizer; `tito demo --train` makes a whole one")
     model = GPT(**json.loads(metadata.pop("config")), rng=np.random.default_rng(0))
     tokenizer = BPETokenizer.from_dict(json.loads(metadata.pop("tokenizer")))
     if "head.weight" not in tensors and "head.weight" in model.state_dict():
