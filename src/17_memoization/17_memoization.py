@@ -996,6 +996,8 @@ class CachedAttention(StandIn):
     """Attention with one cache.update between project and attend; in training mode, the attention it stands for."""
 
     def __init__(self, attention, cache, layer_idx, n_new=None):
+        if not getattr(attention, "causal", True):
+            raise ValueError("only causal attention can be cached: without its mask, new tokens change old keys")
         super().__init__(attention, cache, n_new)
         self.layer_idx = layer_idx
 

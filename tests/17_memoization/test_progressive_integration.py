@@ -868,6 +868,20 @@ class TestEnableKVCacheIntegration:
         model(ids_for((3, 4)))
         assert again.seq_lens == [4, 4, 4] and cache.seq_lens == [0]
 
+    def test_a_model_that_looks_both_ways_or_has_other_sizes_is_refused_and_left_alone(self):
+        model = lively_gpt()
+        parts = [model.norm, *(block.attention for block in model.blocks)]
+        model.blocks[1].attention.causal = False
+        with pytest.raises(ValueError, match="causal"):
+            enable_kv_cache(model)
+        model.blocks[1].attention.causal = True
+        with pytest.raises(ValueError, match="blocks"):
+            model(ids_for((1, 2)), cache=KVCache(1, 8, 2, 2, 4))
+        with pytest.raises(ValueError, match="key has shape"):
+            model(ids_for((1, 2)), cache=KVCache(1, 8, 3, 4, 4))
+        assert all(a is b for a, b in zip([model.norm, *(block.attention for block in model.blocks)], parts))
+        assert model._kv_cache is None
+
     def test_called_with_sizes_it_forwards_to_the_factory(self):
         for cache in (
             enable_kv_cache(2, 16, 3, 4, 8),
@@ -895,10 +909,10 @@ class TestEnableKVCacheIntegration:
             enable_kv_cache(model)
         with cache_for(model).attached_to(model):
             model(ids_for((1, 2)))
-        disable_kv_cache(model)
-        disable_kv_cache(model)
-        back = [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
-        assert len(back) == len(parts) == 5 and all(a is b for a, b in zip(back, parts))
+        for _ in range(2):  # the second time there is nothing to do
+            disable_kv_cache(model)
+            back = [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
+            assert len(back) == len(parts) == 5 and all(a is b for a, b in zip(back, parts))
         assert model._cache_enabled is False and model._kv_cache is None and repr(model) == text
         ids = ids_for((1, 6))
         np.testing.assert_allclose(model(ids).data, slow_gpt(model, ids), atol=1e-4, err_msg="the causal mask stays")
