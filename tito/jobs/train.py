@@ -35,7 +35,7 @@ def train(out: Path, steps: int) -> float:
     print(f"Tokenizer: {len(text):,} characters -> {len(ids):,} tokens, {tokenizer.vocab_size} different ones, "
           f"in {time.perf_counter() - started:.1f} s")
     manual_seed(SEED)
-    model = GPT(**SIZES, rng=np.random.default_rng(SEED))
+    model = GPT(**SIZES, dropout=0.1, rng=np.random.default_rng(SEED))
     count = sum(parameter.data.size for parameter in model.parameters())
     print(f"Model: {SIZES['num_layers']} layers of width {SIZES['embed_dim']}, {count:,} parameters; {steps} steps of "
           f"{BATCH_SIZE} x {SIZES['max_seq_len']} tokens")
