@@ -533,14 +533,23 @@ With `keepdim=True` it stays as size 1: (2, 3) becomes (2, 1), so that the resul
 
 # %%
 #| export
+def place(x, dim):
+    """`dim` counted from the left, so that -1 is x.ndim - 1; an IndexError in words where x has no such dimension."""
+    if not -x.ndim <= dim < x.ndim:
+        use = f" Use {-x.ndim} to {x.ndim - 1}." if x.ndim else ""
+        raise IndexError(f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions.{use}")
+    return dim % x.ndim
+
+
 def reduce_array(ufunc, x, dim, keepdim):
     """Fold dimensions away with a ufunc; a shorter way to the same loop than np.sum and np.max."""
+    dims = tuple(dim) if isinstance(dim, list) else dim
     try:
-        return ufunc.reduce(x, axis=tuple(dim) if isinstance(dim, list) else dim, keepdims=keepdim)
+        return ufunc.reduce(x, axis=dims, keepdims=keepdim)
     except IndexError:
-        raise IndexError(
-            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use {-x.ndim} to {x.ndim - 1}."
-        ) from None
+        for d in dims if isinstance(dims, tuple) else (dims,):
+            place(x, d)
+        raise
 
 
 def sum_array(x, dim=None, keepdim=False):
@@ -556,7 +565,7 @@ def min_array(x, dim=None, keepdim=False):
 
 
 def argmax_array(x, dim=None, keepdim=False):
-    return np.argmax(x, axis=dim, keepdims=keepdim)
+    return np.argmax(x, axis=dim if dim is None else place(x, dim), keepdims=keepdim)
 
 # %% [markdown]
 """
@@ -727,7 +736,7 @@ def unsqueeze_array(x, dim):
 
 
 def squeeze_array(x, dim=None):
-    if dim is not None and x.shape[dim] != 1:
+    if dim is not None and x.shape[place(x, dim)] != 1:
         return x  # as PyTorch: nothing to squeeze
     return np.squeeze(x, axis=dim)
 
@@ -746,8 +755,9 @@ def expand_array(x, shape):
 # %% [markdown]
 """
 **Build** `transpose_array`, which swaps two dimensions and leaves the rest: (2, 3, 4) with dims 1 and 2 becomes
-(2, 4, 3). Make the order of all dimensions, swap two entries, and let `permute_array` do the rest. Attention
-(lesson 12) lives on this function, usually with negative dims.
+(2, 4, 3). Make the order of all dimensions, swap two entries, and let `permute_array` do the rest. `place` of
+section 5 turns -1 into the last dimension, and refuses one that is not there. Attention (lesson 12) lives on
+this function, usually with negative dims.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "01-transpose", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -759,8 +769,8 @@ def transpose_array(x, dim0, dim1):
     (4, 3, 2)
     """
     ### BEGIN SOLUTION
-    dims = list(range(x.ndim))
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    dims, dim0, dim1 = list(range(x.ndim)), place(x, dim0), place(x, dim1)
+    dims[dim0], dims[dim1] = dim1, dim0
     return permute_array(x, dims)
     ### END SOLUTION
 
@@ -778,6 +788,8 @@ def test_unit_transpose():
     got = transpose_array(x, -1, -3)
     assert got.shape == (4, 3, 2), f"(2, 3, 4) with dims -1 and -3: got shape {got.shape}, expected (4, 3, 2)"
     assert np.shares_memory(got, x), "the result is a copy: a transpose only swaps shape and strides"
+    words = message_of(lambda: transpose_array(x, 0, 3), IndexError)
+    assert words is not None and "dim 3 does not exist" in words, f"dims 0 and 3: ask place(x, dim) first; got {words}"
     ### BEGIN HIDDEN TESTS
     y = np.arange(120).reshape(2, 3, 4, 5)
     got = transpose_array(y, 0, -2)
@@ -833,6 +845,8 @@ def cat_array(*arrays, dim=0):
     try:
         return np.concatenate(arrays, axis=dim)
     except ValueError:
+        if arrays:
+            place(np.asarray(arrays[0]), dim)
         shapes = ", ".join(str(np.shape(a)) for a in arrays) or "nothing"
         raise ValueError(
             f"cat along dim {dim}: got {shapes}; every size but the one in dim {dim} must be the same."
@@ -950,6 +964,45 @@ class Arithmetic(OrderedArithmetic):
     def __neg__(self):
         return apply(negative_array, self)
 
+    def __abs__(self):
+        return apply(abs_array, self)
+
+# %% [markdown]
+"""
+To Python `w -= step` means `w = w - step`, unless we say otherwise: the name gets a new Tensor. For a weight that
+is a trap, because the model goes on holding the old one. So a Tensor that learns stays itself and gets new numbers.
+"""
+
+# %%
+#| export
+def in_place(x, result):
+    """What `x += ...` leaves in x: the same Tensor with new numbers if x learns, else the result."""
+    if not x.requires_grad or x._node is not None:
+        return result
+    if _socket.engine is not None:
+        raise RuntimeError(
+            "a Tensor that requires a gradient is changed in place only inside `with no_grad():` (lesson 05); "
+            "for a new Tensor write x = x + y instead of x += y."
+        )
+    x.data[...] = result.data
+    return x
+
+
+class InPlace:
+    """The operators that assign."""
+
+    def __iadd__(self, other):
+        return in_place(self, self + other)
+
+    def __isub__(self, other):
+        return in_place(self, self - other)
+
+    def __imul__(self, other):
+        return in_place(self, self * other)
+
+    def __itruediv__(self, other):
+        return in_place(self, self / other)
+
 # %%
 #| export
 class Comparison:
@@ -1064,6 +1117,14 @@ class Values:
             raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
         return self.data.item()
 
+    def tolist(self):
+        """The numbers as nested lists."""
+        return self.data.tolist()
+
+    def __format__(self, spec):
+        """f"{loss:.4f}" formats the one value."""
+        return format(self.item(), spec) if spec else str(self)
+
     def __repr__(self):
         numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
         dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
@@ -1127,10 +1188,11 @@ engine may leave (`_node`). The three defaults stand on the class, so that makin
 
 # %%
 #| export
-class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
+class Tensor(Arithmetic, InPlace, Comparison, Functions, Shaping, Values):
     """An array whose operations go through one door; PyTorch's torch.Tensor in small.
 
-    Shares memory with an array that already has the dtype (as torch.from_numpy); copy() is independent.
+    Shares memory with an array that already has the dtype (as torch.from_numpy), unless it requires a gradient:
+    what learns is changed in place and owns its memory.
 
     >>> Tensor([[1.0, 2.0], [3.0, 4.0]]) @ Tensor([1.0, 1.0])
     Tensor([3., 7.])
@@ -1149,6 +1211,7 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
                     f"requires_grad needs floating data, got {self.data.dtype}: integers have no small steps. "
                     "Use Tensor(data, requires_grad=True, dtype=np.float32)."
                 )
+            self.data = np.array(self.data)
             self.requires_grad = True
 
     @property
@@ -1381,8 +1444,7 @@ def randn(*shape, rng=None, requires_grad=False):
     rng = default_rng() if rng is None else rng
     return Tensor(rng.standard_normal(sizes_of(shape), dtype=np.float32), requires_grad)
 
-# %%
-#| export
+
 def zeros(*shape, requires_grad=False, dtype=np.float32):
     return Tensor(np.zeros(sizes_of(shape), dtype), requires_grad, dtype)
 

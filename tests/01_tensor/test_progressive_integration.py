@@ -89,6 +89,14 @@ class TestData:
         assert np.shares_memory(x.detach().data, array)
         assert not np.shares_memory(x.clone().data, array)
 
+    def test_what_learns_owns_its_memory(self):
+        array = np.zeros(3, dtype=np.float32)
+        first, second = Tensor(array, requires_grad=True), Tensor(array, requires_grad=True)
+        first.data += 1.0  # as an optimizer does
+        assert array.tolist() == [0, 0, 0], "the caller's array moved with the weight"
+        assert second.data.tolist() == [0, 0, 0], "two weights made from one array moved together"
+        assert not np.shares_memory(first.copy().data, first.data)
+
     def test_not_data(self):
         with pytest.raises(ValueError, match="same length"):
             Tensor([[1, 2], [3]])
@@ -120,6 +128,15 @@ class TestData:
             bool(Tensor(X) > 0)
         with pytest.raises(TypeError, match="without dimensions"):
             len(Tensor(1.0))
+
+    def test_ways_out(self):
+        x = Tensor(X)
+        assert x.tolist() == X.tolist() and Tensor(3).tolist() == 3
+        assert f"{Tensor(2.0 / 3):.3f}" == "0.667" and f"{Tensor([7]):4d}" == "   7"
+        assert f"{x}" == str(x) == repr(x)
+        with pytest.raises(ValueError, match="item"):
+            f"{x:.2f}"
+        assert np.array_equal(abs(Tensor([-1.5, 2.0])).data, [1.5, 2.0])
 
     def test_copies_and_pickles(self):
         x = Tensor(X, requires_grad=True)
@@ -227,6 +244,50 @@ class TestOperations:
         assert (Tensor(X, dtype=np.float64) * array).dtype == np.float64
 
 
+class TestInPlace:
+    """`w -= step` must move the very Tensor that a model and an optimizer hold."""
+
+    CHANGES = {
+        "+=": (lambda w: w.__iadd__(2.0), [3.0, -2.0]),
+        "-=": (lambda w: w.__isub__(np.array([0.5, 1.0])), [0.5, -5.0]),
+        "*=": (lambda w: w.__imul__(Tensor([2.0, 0.5])), [2.0, -2.0]),
+        "/=": (lambda w: w.__itruediv__(2), [0.5, -2.0]),
+    }
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_weight_stays_itself(self, name):
+        work, expected = self.CHANGES[name]
+        w = Tensor([1.0, -4.0], requires_grad=True)
+        array, previous = w.data, plug_in(None)
+        try:
+            got = work(w)
+        finally:
+            plug_in(previous)
+        assert got is w and w.data is array and w.requires_grad, "a new Tensor took the place of the weight"
+        assert w.dtype == np.float32 and w.data.tolist() == expected, f"got {w.data}, expected {expected}"
+
+    def test_not_while_an_engine_records(self, notebook):
+        w = Tensor([1.0, -4.0], requires_grad=True)
+        with pytest.raises(RuntimeError, match="no_grad"):
+            w -= 1.0
+        assert w.data.tolist() == [1.0, -4.0]
+
+    def test_what_does_not_learn_is_a_new_tensor(self):
+        x = y = Tensor([1.0, 2.0])
+        y += 1.0
+        assert x.data.tolist() == [1.0, 2.0] and y.data.tolist() == [2.0, 3.0]
+
+    def test_a_weight_does_not_grow(self):
+        w = Tensor([1.0, -4.0], requires_grad=True)
+        previous = plug_in(None)
+        try:
+            with pytest.raises(ValueError):
+                w += Tensor(np.ones((3, 2)))
+        finally:
+            plug_in(previous)
+        assert w.data.tolist() == [1.0, -4.0]
+
+
 class TestFloat32Stays:
     @pytest.mark.parametrize(
         "work",
@@ -284,6 +345,12 @@ class TestMessages:
             (lambda x: x[2], IndexError, r"shape \(2, 3\).*index 2 is out of bounds"),
             (lambda x: x[0, 0, 0], IndexError, r"shape \(2, 3\).*too many"),
             (lambda x: x.sum(dim=2), IndexError, r"dim 2 does not exist: shape \(2, 3\).*-2 to 1"),
+            (lambda x: x.mean(dim=(0, -3)), IndexError, r"dim -3 does not exist: shape \(2, 3\).*-2 to 1"),
+            (lambda x: x.argmax(dim=4), IndexError, r"dim 4 does not exist"),
+            (lambda x: x.transpose(0, 5), IndexError, r"dim 5 does not exist: shape \(2, 3\)"),
+            (lambda x: x.squeeze(7), IndexError, r"dim 7 does not exist"),
+            (lambda x: cat([x, x], dim=5), IndexError, r"dim 5 does not exist"),
+            (lambda x: cat([x.sum(), x.sum()]), IndexError, r"shape \(\) has 0 dimensions\.$"),
             (lambda x: x.permute(0, 0), ValueError, r"name each of its 2 dimensions once"),
             (lambda x: x.expand(2, 4), ValueError, r"\(2, 3\) does not stretch to \(2, 4\).*unsqueeze"),
             (lambda x: cat([x, Tensor(np.ones((2, 4)))]), ValueError, r"cat along dim 0: got \(2, 3\), \(2, 4\)"),

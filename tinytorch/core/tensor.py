@@ -24,6 +24,7 @@ __all__ = [
     "matmul_error",
     "multiply_matrices",
     "matmul_array",
+    "place",
     "reduce_array",
     "sum_array",
     "max_array",
@@ -43,6 +44,8 @@ __all__ = [
     "stack_array",
     "OrderedArithmetic",
     "Arithmetic",
+    "in_place",
+    "InPlace",
     "Comparison",
     "Functions",
     "sizes_of",
@@ -231,14 +234,23 @@ def matmul_array(a, b):
 
 
 # %% cell 37
+def place(x, dim):
+    """`dim` counted from the left, so that -1 is x.ndim - 1; an IndexError in words where x has no such dimension."""
+    if not -x.ndim <= dim < x.ndim:
+        use = f" Use {-x.ndim} to {x.ndim - 1}." if x.ndim else ""
+        raise IndexError(f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions.{use}")
+    return dim % x.ndim
+
+
 def reduce_array(ufunc, x, dim, keepdim):
     """Fold dimensions away with a ufunc; a shorter way to the same loop than np.sum and np.max."""
+    dims = tuple(dim) if isinstance(dim, list) else dim
     try:
-        return ufunc.reduce(x, axis=tuple(dim) if isinstance(dim, list) else dim, keepdims=keepdim)
+        return ufunc.reduce(x, axis=dims, keepdims=keepdim)
     except IndexError:
-        raise IndexError(
-            f"dim {dim} does not exist: shape {x.shape} has {x.ndim} dimensions. Use {-x.ndim} to {x.ndim - 1}."
-        ) from None
+        for d in dims if isinstance(dims, tuple) else (dims,):
+            place(x, d)
+        raise
 
 
 def sum_array(x, dim=None, keepdim=False):
@@ -254,7 +266,7 @@ def min_array(x, dim=None, keepdim=False):
 
 
 def argmax_array(x, dim=None, keepdim=False):
-    return np.argmax(x, axis=dim, keepdims=keepdim)
+    return np.argmax(x, axis=dim if dim is None else place(x, dim), keepdims=keepdim)
 
 
 # %% cell 39 (01-mean)
@@ -311,7 +323,7 @@ def unsqueeze_array(x, dim):
 
 
 def squeeze_array(x, dim=None):
-    if dim is not None and x.shape[dim] != 1:
+    if dim is not None and x.shape[place(x, dim)] != 1:
         return x  # as PyTorch: nothing to squeeze
     return np.squeeze(x, axis=dim)
 
@@ -335,8 +347,8 @@ def transpose_array(x, dim0, dim1):
     >>> transpose_array(np.zeros((2, 3, 4)), -1, 0).shape
     (4, 3, 2)
     """
-    dims = list(range(x.ndim))
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    dims, dim0, dim1 = list(range(x.ndim)), place(x, dim0), place(x, dim1)
+    dims[dim0], dims[dim1] = dim1, dim0
     return permute_array(x, dims)
 
 
@@ -352,6 +364,8 @@ def cat_array(*arrays, dim=0):
     try:
         return np.concatenate(arrays, axis=dim)
     except ValueError:
+        if arrays:
+            place(np.asarray(arrays[0]), dim)
         shapes = ", ".join(str(np.shape(a)) for a in arrays) or "nothing"
         raise ValueError(
             f"cat along dim {dim}: got {shapes}; every size but the one in dim {dim} must be the same."
@@ -418,8 +432,41 @@ class Arithmetic(OrderedArithmetic):
     def __neg__(self):
         return apply(negative_array, self)
 
+    def __abs__(self):
+        return apply(abs_array, self)
 
-# %% cell 63
+
+# %% cell 64
+def in_place(x, result):
+    """What `x += ...` leaves in x: the same Tensor with new numbers if x learns, else the result."""
+    if not x.requires_grad or x._node is not None:
+        return result
+    if _socket.engine is not None:
+        raise RuntimeError(
+            "a Tensor that requires a gradient is changed in place only inside `with no_grad():` (lesson 05); "
+            "for a new Tensor write x = x + y instead of x += y."
+        )
+    x.data[...] = result.data
+    return x
+
+
+class InPlace:
+    """The operators that assign."""
+
+    def __iadd__(self, other):
+        return in_place(self, self + other)
+
+    def __isub__(self, other):
+        return in_place(self, self - other)
+
+    def __imul__(self, other):
+        return in_place(self, self * other)
+
+    def __itruediv__(self, other):
+        return in_place(self, self / other)
+
+
+# %% cell 65
 class Comparison:
     """The operators of a Tensor that answer with booleans."""
 
@@ -444,7 +491,7 @@ class Comparison:
     __hash__ = object.__hash__  # Python drops it where __eq__ is defined; a set of Tensors needs it
 
 
-# %% cell 64
+# %% cell 66
 class Functions:
     """Functions of each number, and reductions."""
 
@@ -479,7 +526,7 @@ class Functions:
         return apply(argmax_array, self, dim=dim, keepdim=keepdim)
 
 
-# %% cell 65
+# %% cell 67
 def sizes_of(sizes):
     """Sizes given as several ints or as one tuple: reshape(2, 3) and reshape((2, 3)) mean the same."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
@@ -518,7 +565,7 @@ class Shaping:
         return apply(index_array, self, key=keys if isinstance(key, tuple) else keys[0])
 
 
-# %% cell 66
+# %% cell 68
 class Values:
     """The ways out of a Tensor: to NumPy, to Python, to the screen."""
 
@@ -531,6 +578,14 @@ class Values:
         if self.size != 1:
             raise ValueError(f"item() needs one value, this Tensor has shape {self.shape}. Reduce or index it first.")
         return self.data.item()
+
+    def tolist(self):
+        """The numbers as nested lists."""
+        return self.data.tolist()
+
+    def __format__(self, spec):
+        """f"{loss:.4f}" formats the one value."""
+        return format(self.item(), spec) if spec else str(self)
 
     def __repr__(self):
         numbers = np.array2string(self.data, separator=", ", precision=4, prefix="Tensor(")
@@ -558,7 +613,7 @@ class Values:
         return int(self.item())
 
 
-# %% cell 68
+# %% cell 70
 class Socket(threading.local):
     """Where an engine is plugged in, per thread; the class attribute is what a new thread finds."""
 
@@ -577,11 +632,12 @@ def plug_in(engine):
     return previous
 
 
-# %% cell 70
-class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
+# %% cell 72
+class Tensor(Arithmetic, InPlace, Comparison, Functions, Shaping, Values):
     """An array whose operations go through one door; PyTorch's torch.Tensor in small.
 
-    Shares memory with an array that already has the dtype (as torch.from_numpy); copy() is independent.
+    Shares memory with an array that already has the dtype (as torch.from_numpy), unless it requires a gradient:
+    what learns is changed in place and owns its memory.
 
     >>> Tensor([[1.0, 2.0], [3.0, 4.0]]) @ Tensor([1.0, 1.0])
     Tensor([3., 7.])
@@ -600,6 +656,7 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
                     f"requires_grad needs floating data, got {self.data.dtype}: integers have no small steps. "
                     "Use Tensor(data, requires_grad=True, dtype=np.float32)."
                 )
+            self.data = np.array(self.data)
             self.requires_grad = True
 
     @property
@@ -643,7 +700,7 @@ class Tensor(Arithmetic, Comparison, Functions, Shaping, Values):
         _socket.engine.backward(self, gradient)
 
 
-# %% cell 73
+# %% cell 75
 def as_operand(x, inputs):
     """A plain operand: a Python number stays one, an array gets a dtype of the course (or float64 beside float64)."""
     if isinstance(x, np.generic):
@@ -670,7 +727,7 @@ def wrap(result, arrays):
     return output
 
 
-# %% cell 75 (01-apply)
+# %% cell 77 (01-apply)
 def apply(op, *inputs, **params):
     """Compute op on Tensors, arrays and numbers; returns a Tensor, and tells the engine where one is plugged in.
 
@@ -684,7 +741,7 @@ def apply(op, *inputs, **params):
     return output
 
 
-# %% cell 82
+# %% cell 84
 _rng = np.random.default_rng()
 
 
@@ -704,7 +761,6 @@ def randn(*shape, rng=None, requires_grad=False):
     return Tensor(rng.standard_normal(sizes_of(shape), dtype=np.float32), requires_grad)
 
 
-# %% cell 83
 def zeros(*shape, requires_grad=False, dtype=np.float32):
     return Tensor(np.zeros(sizes_of(shape), dtype), requires_grad, dtype)
 
