@@ -146,8 +146,6 @@ def as_float(x):
     return x if x.dtype.kind == "f" else x.astype(np.float32)
 
 
-# %%
-#| export
 def tanh_array(x):
     """Squash into (-1, 1), any shape.
 
@@ -200,10 +198,7 @@ inputs; the module test at the end does the same with matrices.
 
 What if ReLU returned its input array, changed in place? Then `x` would be gone for everyone who still needs
 it, and lesson 05 needs it for the gradient.
-"""
 
-# %% [markdown]
-"""
 ## 2. How large a number survives `exp`?
 
 The sigmoid turns any number into a probability: `sigmoid(x) = 1 / (1 + exp(-x))`. Written like that it
@@ -300,10 +295,7 @@ if __name__ == "__main__":
 """
 **Look back.** Replace -20 by -200 in your head: what does float32 make of `exp(-200)`? It underflows to 0,
 silently, and 0 is the right answer. Overflow is the enemy, underflow to 0 is a friend.
-"""
 
-# %% [markdown]
-"""
 ## 3. What do transformers use?
 
 ReLU has a corner at 0 and throws away everything on the left. The activations of today's language models
@@ -336,10 +328,7 @@ The probability in GELU has no simple formula. GPT-2 uses the approximation of H
 
 **Picture.** At x = 1: the bracket is 1.044715; times 0.797885 that is 0.833562; tanh 0.682384; so gelu(1) =
 0.5 * 1.682384 = 0.841192.
-"""
 
-# %% [markdown]
-"""
 **Build.** Two traps of NumPy wait here. `np.sqrt(...)` of a Python number gives a float64 scalar, and one
 float64 scalar turns the whole float32 array into float64; `math.sqrt` does not, so the constant below uses
 it. And `x ** 3` calls a general power function that is far slower than `x * x * x`: the next cell measures
@@ -600,10 +589,7 @@ if __name__ == "__main__":
 **Look back.** What if one score is `-inf` and the others are not? Its share is exactly 0 and the others are
 as if it were not there: that is a mask. What if a score is NaN? The whole row becomes NaN. That is right:
 nothing should hide it.
-"""
 
-# %% [markdown]
-"""
 ## 5. Where does the logarithm of a share go?
 
 A loss (lesson 04) wants the logarithm of the share that the right answer got. The obvious way is `np.log`
@@ -738,8 +724,6 @@ def tanh(x):
     return apply(tanh_array, x)
 
 
-# %%
-#| export
 def gelu(x):
     """GELU of a Tensor in its tanh form: torch.nn.functional.gelu(x, approximate="tanh")."""
     return apply(gelu_array, x)
@@ -812,10 +796,7 @@ if __name__ == "__main__":
 """
 **Look back.** What if we wrote `Tensor(softmax_array(x.data, dim))`? Every number would be right and every
 gradient through softmax would be missing, without any error: the engine never saw the operation.
-"""
 
-# %% [markdown]
-"""
 ## 7. Why modules as well?
 
 A model is a list of things to call: layer, activation, layer. An activation as an *object* can stand in
@@ -838,8 +819,6 @@ class Activation:
         return f"{type(self).__name__}()"
 
 
-# %%
-#| export
 class ReLU(Activation):
     """max(x, 0) as a module."""
 

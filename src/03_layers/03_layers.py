@@ -194,10 +194,7 @@ if __name__ == "__main__":
 """
 **Look back.** What if `y += bias` were `y = y + bias`? The same numbers, and one more array as large as the
 output. What if it were `bias += y`? Then the layer would change each time it is used.
-"""
 
-# %% [markdown]
-"""
 ## 2. How large should the weights be at the start?
 
 All zeros will not do: every output would be the same, and so would every gradient. So we draw them at
@@ -365,7 +362,7 @@ class Module:
         return walk_modules(self)
 
     def named_parameters(self, prefix=""):
-        return first_of_each(walk_parameters(self, prefix))
+        return first_of_each(walk_parameters(self, prefix + "." if prefix else ""))
 
     def parameters(self):
         return [parameter for _, parameter in self.named_parameters()]
@@ -486,9 +483,9 @@ def walk_modules(module):
             waiting.extend(child for _, child in reversed(children_of(current)))
 
 
-def named_parameters_of(module, prefix=""):
-    """The (name, parameter) pairs that a module reports about itself."""
-    return module.named_parameters(prefix) if hasattr(module, "named_parameters") else []
+def named_parameters_of(module, path=""):
+    """The (name, parameter) pairs that a module reports about itself; each name is path, a dot, its own name."""
+    return module.named_parameters(path) if hasattr(module, "named_parameters") else []
 
 
 # %% [markdown]
@@ -526,19 +523,24 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 **Build.** The walk. The tools are `attributes_of`, `children_of` and `named_parameters_of`. The last one
-does the rest of the recursion: it calls the child's `named_parameters`, which calls this function again.
+does the rest of the recursion: it calls the child's `named_parameters`, which calls this function again, with
+the path and a dot as its prefix.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-walk", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 def walk_parameters(module, prefix=""):
-    """Yield (name, parameter): first the module's own, then its children's, names as paths with dots."""
+    """Yield (name, parameter): first the module's own, then its children's; prefix comes before every name.
+
+    >>> [name for name, _ in walk_parameters(Linear(2, 3), "head.")]
+    ['head.weight', 'head.bias']
+    """
     ### BEGIN SOLUTION
     for name, value in attributes_of(module):
         if isinstance(value, Parameter):
             yield prefix + name, value
     for name, child in children_of(module):
-        yield from named_parameters_of(child, f"{prefix}{name}.")
+        yield from named_parameters_of(child, prefix + name)
     ### END SOLUTION
 
 
@@ -796,10 +798,7 @@ if __name__ == "__main__":
 """
 **Look back.** What if someone forgets `model.eval()` before using the model? It still answers, a little
 worse, and differently each time. A test that runs the model twice and compares finds that.
-"""
 
-# %% [markdown]
-"""
 ## 8. How is a model saved, and loaded again?
 
 `state_dict()` is a dictionary from names to copies of the arrays. Loading goes the other way, and here much
@@ -918,7 +917,8 @@ class Sequential(Module):
         return len(list(self.named_children()))
 
     def __getitem__(self, index):
-        return [module for _, module in self.named_children()][index]
+        chosen = [module for _, module in self.named_children()][index]
+        return Sequential(*chosen) if isinstance(index, slice) else chosen
 
 
 # %%

@@ -152,8 +152,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Build** the loss. As in lesson 02, `error * error` and not `error ** 2` where it may matter, and the mean
-is one number.
+**Build** the loss: square every error, then take the mean over all of them.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "04-mse", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -643,10 +642,7 @@ def plot_losses():
 """
 **Look back.** Cross entropy over two classes and binary cross entropy are the same thing. Which logits
 would the two classes need? (Exercise 1 lets you check your answer.)
-"""
 
-# %% [markdown]
-"""
 ## 6. How does a loss reach the engine?
 
 As everything does: through `apply`. Prediction and target are inputs, `ignore_index` is a parameter with a

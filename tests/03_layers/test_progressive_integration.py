@@ -110,7 +110,7 @@ class TestLinear:
 class TestWalk:
     def test_names_and_order(self):
         assert [name for name, _ in Stack().named_parameters()] == NAMES
-        assert [name for name, _ in Stack().named_parameters("model.")] == [f"model.{name}" for name in NAMES]
+        assert [name for name, _ in Stack().named_parameters("model")] == [f"model.{name}" for name in NAMES]
 
     def test_shared_parameters_count_once(self):
         model = Stack()
@@ -119,6 +119,13 @@ class TestWalk:
         assert len({id(parameter) for parameter in parameters}) == len(NAMES)
         model.head.weight = Parameter(model.head.weight.data.copy())
         assert [name for name, _ in model.named_parameters()] == [*NAMES[:-1], "head.weight", "head.bias"]
+
+    def test_a_prefix_is_a_path(self):
+        """Oracle: torch.nn.Module.named_parameters(prefix="encoder")."""
+        model = Sequential(Linear(2, 3), Sequential(Linear(3, 1, bias=False)))
+        names = [name for name, _ in model.named_parameters("encoder")]
+        assert names == ["encoder.0.weight", "encoder.0.bias", "encoder.1.0.weight"]
+        assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "1.0.weight"]
 
     def test_children(self):
         assert [name for name, _ in Stack().named_children()] == ["blocks.0", "blocks.1", "head"]
@@ -303,6 +310,13 @@ class TestSequential:
         model = Sequential(Linear(3, 4), ReLU(), Linear(4, 2))
         assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert len(model) == 3 and isinstance(model[1], ReLU) and model[-1] is model[2]
+
+    def test_a_slice_is_a_chain_of_the_same_modules(self):
+        model = Sequential(Linear(2, 3), ReLU(), Linear(3, 1))
+        front = model[:2]
+        assert isinstance(front, Sequential) and len(front) == 2 and front[0] is model[0]
+        x = Tensor(np.ones((4, 2)))
+        assert np.array_equal(model[2](front(x)).data, model(x).data)
 
     def test_a_module_can_be_exchanged(self):
         model = Sequential(Linear(3, 4), ReLU())

@@ -50,7 +50,6 @@ def as_float(x):
     return x if x.dtype.kind == "f" else x.astype(np.float32)
 
 
-# %% cell 13
 def tanh_array(x):
     """Squash into (-1, 1), any shape.
 
@@ -60,7 +59,7 @@ def tanh_array(x):
     return np.tanh(as_float(x))
 
 
-# %% cell 15 (02-relu)
+# %% cell 14 (02-relu)
 def relu_array(x):
     """Keep what is positive, replace the rest by 0; any shape, a new array.
 
@@ -70,7 +69,7 @@ def relu_array(x):
     return np.maximum(x, 0)
 
 
-# %% cell 24 (02-sigmoid)
+# %% cell 22 (02-sigmoid)
 def sigmoid_array(x):
     """Squash into (0, 1) without overflow, any shape: 1 / (1 + exp(-x)).
 
@@ -82,7 +81,7 @@ def sigmoid_array(x):
     return np.where(x >= 0, 1, e) / (1 + e)
 
 
-# %% cell 28
+# %% cell 25
 def silu_array(x):
     """Multiply x by its own sigmoid, any shape (also called swish).
 
@@ -93,7 +92,7 @@ def silu_array(x):
     return x * sigmoid_array(x)
 
 
-# %% cell 31 (02-gelu)
+# %% cell 27 (02-gelu)
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
@@ -116,7 +115,7 @@ def gelu_array(x):
     return inner
 
 
-# %% cell 44 (02-shift)
+# %% cell 40 (02-shift)
 def shift_array(x, dim):
     """Subtract from floating x its largest value along dim, so that this becomes 0; a row of -inf stays -inf.
 
@@ -127,7 +126,7 @@ def shift_array(x, dim):
     return x - peak
 
 
-# %% cell 47 (02-softmax)
+# %% cell 43 (02-softmax)
 def softmax_array(x, dim=-1):
     """Turn scores into shares that are positive and sum to 1 along dim; same shape as x.
 
@@ -145,7 +144,7 @@ def softmax_array(x, dim=-1):
     return shares
 
 
-# %% cell 56 (02-log-softmax)
+# %% cell 51 (02-log-softmax)
 def log_softmax_array(x, dim=-1):
     """Return the logarithm of softmax, without ever taking the logarithm of a share; same shape as x.
 
@@ -159,7 +158,7 @@ def log_softmax_array(x, dim=-1):
     return shifted
 
 
-# %% cell 61
+# %% cell 56
 def relu(x):
     """ReLU of a Tensor: max(x, 0)."""
     return apply(relu_array, x)
@@ -175,7 +174,6 @@ def tanh(x):
     return apply(tanh_array, x)
 
 
-# %% cell 62
 def gelu(x):
     """GELU of a Tensor in its tanh form: torch.nn.functional.gelu(x, approximate="tanh")."""
     return apply(gelu_array, x)
@@ -186,7 +184,7 @@ def silu(x):
     return apply(silu_array, x)
 
 
-# %% cell 64 (02-door)
+# %% cell 58 (02-door)
 def softmax(x, dim=-1):
     """Softmax of a Tensor along dim."""
     return apply(softmax_array, x, dim=dim)
@@ -197,7 +195,7 @@ def log_softmax(x, dim=-1):
     return apply(log_softmax_array, x, dim=dim)
 
 
-# %% cell 69
+# %% cell 62
 class Activation:
     """A layer without parameters: calling it runs forward."""
 
@@ -211,7 +209,6 @@ class Activation:
         return f"{type(self).__name__}()"
 
 
-# %% cell 70
 class ReLU(Activation):
     """max(x, 0) as a module."""
 
@@ -226,7 +223,7 @@ class Sigmoid(Activation):
         return sigmoid(x)
 
 
-# %% cell 71
+# %% cell 63
 class Tanh(Activation):
     """The hyperbolic tangent as a module."""
 
@@ -248,7 +245,7 @@ class SiLU(Activation):
         return silu(x)
 
 
-# %% cell 73 (02-softmax-module)
+# %% cell 65 (02-softmax-module)
 class Softmax(Activation):
     """Softmax along dim as a module."""
 

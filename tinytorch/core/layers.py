@@ -51,7 +51,7 @@ def linear_array(x, weight, bias=None):
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-# %% cell 22 (03-initial)
+# %% cell 21 (03-initial)
 def initial_array(shape, fan_in, rng):
     """Draw float32 values of that shape uniformly from -1/sqrt(fan_in) to 1/sqrt(fan_in) (torch.nn.Linear).
 
@@ -62,7 +62,7 @@ def initial_array(shape, fan_in, rng):
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-# %% cell 25
+# %% cell 24
 class Parameter(Tensor):
     """A Tensor that a module owns and that training changes."""
 
@@ -70,7 +70,7 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=requires_grad, dtype=dtype)
 
 
-# %% cell 27
+# %% cell 26
 def attributes_of(owner):
     """Yield (name, value) of each attribute; lists and tuples are opened as name.0, name.1."""
     for name, value in vars(owner).items():
@@ -86,7 +86,7 @@ def is_module(value):
     return hasattr(value, "forward") and hasattr(value, "parameters") and not isinstance(value, type)
 
 
-# %% cell 29
+# %% cell 28
 class Module:
     """The base of every layer and model: finds parameters, saves and loads them, knows its mode."""
 
@@ -105,7 +105,7 @@ class Module:
         return walk_modules(self)
 
     def named_parameters(self, prefix=""):
-        return first_of_each(walk_parameters(self, prefix))
+        return first_of_each(walk_parameters(self, prefix + "." if prefix else ""))
 
     def parameters(self):
         return [parameter for _, parameter in self.named_parameters()]
@@ -135,7 +135,7 @@ class Module:
         return describe(self)
 
 
-# %% cell 31
+# %% cell 30
 def describe(module):
     """The text of repr(module): its class, its own words, and its children one level further in."""
     name, words = type(module).__name__, module.extra_repr()
@@ -145,7 +145,7 @@ def describe(module):
     return "\n".join([f"{name}({words}", *children, ")"])
 
 
-# %% cell 33 (03-shared)
+# %% cell 32 (03-shared)
 def first_of_each(pairs):
     """Yield each (name, parameter) whose parameter (the object, not its numbers) has not come before."""
     seen = set()
@@ -155,7 +155,7 @@ def first_of_each(pairs):
             yield name, parameter
 
 
-# %% cell 36
+# %% cell 35
 def children_of(module):
     """The (name, child) pairs of any module; an activation of lesson 02 has none."""
     return list(module.named_children()) if hasattr(module, "named_children") else []
@@ -172,22 +172,26 @@ def walk_modules(module):
             waiting.extend(child for _, child in reversed(children_of(current)))
 
 
-def named_parameters_of(module, prefix=""):
-    """The (name, parameter) pairs that a module reports about itself."""
-    return module.named_parameters(prefix) if hasattr(module, "named_parameters") else []
+def named_parameters_of(module, path=""):
+    """The (name, parameter) pairs that a module reports about itself; each name is path, a dot, its own name."""
+    return module.named_parameters(path) if hasattr(module, "named_parameters") else []
 
 
-# %% cell 41 (03-walk)
+# %% cell 40 (03-walk)
 def walk_parameters(module, prefix=""):
-    """Yield (name, parameter): first the module's own, then its children's, names as paths with dots."""
+    """Yield (name, parameter): first the module's own, then its children's; prefix comes before every name.
+
+    >>> [name for name, _ in walk_parameters(Linear(2, 3), "head.")]
+    ['head.weight', 'head.bias']
+    """
     for name, value in attributes_of(module):
         if isinstance(value, Parameter):
             yield prefix + name, value
     for name, child in children_of(module):
-        yield from named_parameters_of(child, f"{prefix}{name}.")
+        yield from named_parameters_of(child, prefix + name)
 
 
-# %% cell 45 (03-linear-layer)
+# %% cell 44 (03-linear-layer)
 class Linear(Module):
     """x @ weight.T + bias with weight (out_features, in_features), as torch.nn.Linear.
 
@@ -212,7 +216,7 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-# %% cell 52 (03-dropout-mask)
+# %% cell 51 (03-dropout-mask)
 def dropout_mask(shape, p, rng, dtype=np.float32):
     """Draw factors: 0 with probability p, else 1 / (1 - p).
 
@@ -226,7 +230,7 @@ def dropout_mask(shape, p, rng, dtype=np.float32):
     return mask
 
 
-# %% cell 55 (03-dropout)
+# %% cell 54 (03-dropout)
 class Dropout(Module):
     """In training mode, set a share p of the input to 0 and scale the rest by 1 / (1 - p)."""
 
@@ -248,7 +252,7 @@ class Dropout(Module):
         return f"p={self.p}"
 
 
-# %% cell 59 (03-compare)
+# %% cell 57 (03-compare)
 def compare_state(own, state):
     """Compare two dicts of arrays: names that state lacks, names that own lacks, sentences on wrong shapes.
 
@@ -265,7 +269,7 @@ def compare_state(own, state):
     return missing, unexpected, sorted(mismatched)
 
 
-# %% cell 62
+# %% cell 60
 def load_arrays(parameters, state, strict, owner):
     """Write the arrays of state into the parameters, all or none; return (missing, unexpected) names."""
     state = {name: np.asarray(value) for name, value in state.items()}
@@ -283,7 +287,7 @@ def load_arrays(parameters, state, strict, owner):
     return missing, unexpected
 
 
-# %% cell 65 (03-sequential)
+# %% cell 63 (03-sequential)
 class Sequential(Module):
     """Modules in a row: the output of each is the input of the next."""
 
@@ -302,4 +306,5 @@ class Sequential(Module):
         return len(list(self.named_children()))
 
     def __getitem__(self, index):
-        return [module for _, module in self.named_children()][index]
+        chosen = [module for _, module in self.named_children()][index]
+        return Sequential(*chosen) if isinstance(index, slice) else chosen

@@ -153,7 +153,7 @@ def bce_with_logits_array(logits, target):
     return np.mean(np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x))))
 
 
-# %% cell 53
+# %% cell 52
 def mse_loss(prediction, target):
     """Mean squared error of a Tensor; target is a Tensor or array of the same shape."""
     return apply(mse_array, prediction, target)
@@ -169,7 +169,7 @@ def binary_cross_entropy_with_logits(logits, target):
     return apply(bce_with_logits_array, logits, target)
 
 
-# %% cell 55 (04-door)
+# %% cell 54 (04-door)
 def cross_entropy(logits, target, ignore_index=-100):
     """Mean surprise of a Tensor of logits (..., C) at integer targets (...), classes last."""
     return apply(cross_entropy_array, logits, target, ignore_index=ignore_index)
@@ -185,7 +185,7 @@ class CrossEntropyLoss(Module):
         return cross_entropy(logits, target, ignore_index=self.ignore_index)
 
 
-# %% cell 57
+# %% cell 56
 class MSELoss(Module):
     """mse_loss as a module."""
 
