@@ -136,7 +136,7 @@ def normalize_array(x, eps=1e-5):
     size = x.shape[-1]
     ### BEGIN SOLUTION
     centered = x - np.add.reduce(x, axis=-1, keepdims=True) / size
-    variance = np.einsum("...e,...e->...", centered, centered)[..., None] / size
+    variance = np.vecdot(centered, centered)[..., None] / size
     factor = 1 / np.sqrt(variance + eps)
     centered *= factor
     return centered, factor
@@ -202,7 +202,7 @@ def layer_norm_rule(grad, output, x, weight, bias, eps=1e-5):
     grad_weight = np.einsum("re,re->e", grad.reshape(-1, size), n.reshape(-1, size))  # r: all rows
     grad_bias = np.add.reduce(grad.reshape(-1, size), axis=0)
     ### BEGIN SOLUTION
-    along_n = np.einsum("...e,...e->...", h, n)[..., None] / size
+    along_n = np.vecdot(h, n)[..., None] / size
     h -= np.add.reduce(h, axis=-1, keepdims=True) / size
     n *= along_n
     h -= n
@@ -529,7 +529,10 @@ in one cell. Three things in it deserve a word.
 #| export
 def token_rows(ids):
     """Token ids as an integer array (B, T); one sequence (T,) becomes a batch of one."""
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:
+        raise ValueError("token ids: the rows have different lengths; give all of them one length") from None
     if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"token ids are whole numbers of shape (T,) or (B, T), at least one; got {ids.dtype} of shape {ids.shape}"
@@ -591,6 +594,7 @@ class GPT(Module):
         on_token, where given, is called with each round's ids (B,), so that a caller can show them as they come.
         """
         ids = check_prompt(prompt, max_new_tokens, self.max_seq_len)
+        check_sampling(temperature, top_k)
         given = cache is not None and cache is not self._kv_cache
         cache = cache if given else self._kv_cache
         with evaluating(self), cache.attached_to(self) if given else nullcontext():
@@ -754,11 +758,11 @@ def next_probabilities(logits, temperature=1.0, top_k=None):
     """
     logits = logits.astype(np.float64)
     ### BEGIN SOLUTION
-    logits = logits / temperature
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest_kept = np.partition(logits, -top_k, axis=-1)[:, [-top_k]]
         logits = np.where(logits < smallest_kept, -np.inf, logits)
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    exponentials = np.exp(logits)
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
     ### END SOLUTION
 
@@ -797,12 +801,17 @@ token it falls on.
 
 # %%
 #| export
+def check_sampling(temperature, top_k):
+    """Raise a ValueError that says which of the two makes no sense."""
+    if not temperature >= 0:  # NaN is not, either
+        raise ValueError(f"temperature is 0 (greedy) or positive, got {temperature}")
+    if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):
+        raise ValueError(f"top_k is a whole number, 1 or more, or None for all tokens; got {top_k!r}")
+
+
 def sample_next(logits, temperature=0, top_k=None, rng=None):
     """One token id per row of logits (B, V) -> (B,): the largest at temperature 0, else drawn with `rng`."""
-    if temperature < 0:
-        raise ValueError(f"temperature is 0 (greedy) or positive, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is at least 1, got {top_k}")
+    check_sampling(temperature, top_k)
     if temperature == 0:
         return np.argmax(logits, axis=-1)
     rng = default_rng() if rng is None else rng
@@ -926,14 +935,14 @@ mode back even after an error, and answer a list with a list.
 def check_prompt(prompt, max_new_tokens, max_seq_len):
     """The prompt as a new array (B, P), or a ValueError that says what does not fit."""
     ids = token_rows(prompt)
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is a whole number, 0 or more, got {max_new_tokens!r}")
     if ids.shape[1] + max_new_tokens > max_seq_len:
         raise ValueError(
             f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} make "
             f"{ids.shape[1] + max_new_tokens}, more than max_seq_len={max_seq_len}"
         )
-    return ids.copy()
+    return ids.astype(np.int64 if ids.itemsize < 4 else ids.dtype)  # 8 or 16 bits may not hold what comes
 
 
 def like_prompt(ids, prompt):

@@ -324,6 +324,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="does not fit"):
             scaled_dot_product_attention(x, x, x, np.ones(shape, bool))
 
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_a_mask_that_does_not_fit_is_named_by_the_module_too(self, causal):
+        module = MultiHeadAttention(8, 2, causal=causal)
+        for shape in ((4, 4), (3, 3, 3), (1, 5, 3, 3)):
+            with pytest.raises(ValueError, match=r"does not fit scores of shape \(2, 2, 3, 3\)"):
+                module(Tensor(draw(2, 3, 8)), np.ones(shape, bool))
+
     def test_a_mask_of_numbers(self):
         x = Tensor(draw(1, 2, 3, 4))
         with pytest.raises(ValueError, match="bool"):

@@ -211,6 +211,41 @@ class TestParameters:
         assert tied.token_embedding.weight.grad.shape == (11, 16)
         assert (tied.token_embedding.weight.grad.numpy()[5] != 0).any(), "a word that was not read is still scored"
 
+    def test_the_tied_gradient_is_the_sum_of_both_uses(self):
+        """Oracle: an untied model with the same numbers, whose table and head collect their gradients apart."""
+        tied, untied = small_gpt(), small_gpt(tie_weights=False)
+        untied.load_state_dict({**tied.state_dict(), "head.weight": tied.head.weight.numpy()})
+        for model in (tied, untied):
+            cross_entropy(model([[1, 2, 3, 1]]), np.array([[2, 3, 1, 5]])).backward()
+        both = untied.token_embedding.weight.grad.numpy() + untied.head.weight.grad.numpy()
+        assert both.shape == (11, 16)
+        np.testing.assert_allclose(tied.token_embedding.weight.grad.numpy(), both, atol=1e-6)
+
+    def test_every_block_has_weights_of_its_own(self):
+        """Changing one weight changes that weight only, and matters in every block."""
+        model = small_gpt()
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks.") and name.endswith("weight"):
+                before, logits = model.state_dict(), model([1, 2, 3]).numpy()
+                parameter.data[0] += 1
+                changed = [other for other, value in model.state_dict().items() if (value != before[other]).any()]
+                assert changed == [name], f"changing {name} changed {changed}"
+                assert (model([1, 2, 3]).numpy() != logits).any(), f"{name} has no influence"
+                model.load_state_dict(before)
+
+    def test_shared_heads_equal_repeated_heads(self):
+        """A model whose 4 query heads share 2 key heads, against full attention with each key head twice."""
+        few, full = small_gpt(num_kv_heads=2), small_gpt()
+        state = few.state_dict()
+        for name in [name for name in state if "qkv_proj" in name]:
+            heads = state[name].reshape(4 + 2 + 2, 4, -1)  # (H + 2 * H_kv, D, E or 1)
+            repeated = np.concatenate([heads[:4], np.repeat(heads[4:6], 2, 0), np.repeat(heads[6:], 2, 0)])
+            state[name] = repeated.reshape(48, *state[name].shape[1:])
+        full.load_state_dict(state)
+        got, expected = few([[1, 2, 3, 4, 5]]).numpy(), full([[1, 2, 3, 4, 5]]).numpy()
+        assert got.shape == expected.shape == (1, 5, 11)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
     def test_sizes_are_attributes(self):
         model = GPT(11, 16, 3, 4, 12, num_kv_heads=2)
         sizes = model.vocab_size, model.embed_dim, model.num_layers, model.num_heads, model.max_seq_len
@@ -336,9 +371,15 @@ class TestGenerate:
         for prompt, new in (([1] * 4, 9), ([1] * 13, 0)):
             with pytest.raises(ValueError, match="max_seq_len=12"):
                 model.generate(prompt, new)
-        for new in (-1, 1.5, None, "3"):
+        for new in (-1, 1.5, None, "3", True):
             with pytest.raises(ValueError, match="max_new_tokens"):
                 model.generate([1], new)
+        for wrong in ({"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_k": 2.5}):
+            for new in (0, 2):
+                with pytest.raises(ValueError, match=next(iter(wrong))):
+                    model.generate([1], new, **wrong)
+        with pytest.raises(ValueError, match="different lengths"):
+            model.generate([[1], [1, 2]], 1)
         with pytest.raises(ValueError, match="token ids"):
             model.generate([], 1)
 
@@ -399,9 +440,18 @@ class TestGenerate:
         c = model.generate([1, 2], 8, temperature=1.5)
         manual_seed(3)
         assert model.generate([1, 2], 8, temperature=1.5) == c
-        for wrong in ({"temperature": -1}, {"top_k": 0}):
-            with pytest.raises(ValueError, match=next(iter(wrong))):
-                model.generate([1, 2], 2, **wrong)
+
+    def test_a_tiny_temperature_is_greedy(self):
+        """Divided by 1e-200, logits that are not shifted first overflow: inf - inf would be NaN, and token 0."""
+        logits = np.array([[3.0, 5.0, 4.0], [2e30, 1e30, -1e30]], np.float32)
+        assert sample_next(logits, temperature=1e-200, rng=np.random.default_rng(0)).tolist() == [1, 0]
+
+    def test_a_prompt_of_small_integers_does_not_wrap_around(self):
+        model = GPT(300, 8, 1, 2, 8, rng=np.random.default_rng(0))
+        model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
+        model.head.weight.data[299] = 5  # the largest logit, always; in 8 bits it would be 43
+        got = model.generate(np.array([1, 2], np.uint8), 2)
+        assert got.tolist() == [1, 2, 299, 299]
 
     def test_each_round_is_told_as_it_comes(self):
         model, told = small_gpt(), []

@@ -174,7 +174,7 @@ def attention_weights_array(query, key, visible=None):
 def attention_weights_rule(grad, weights, query, key, visible=None):
     """Gradients of query (B, H, T, D) and key (B, H_kv, S, D); `weights` is what the operation returned."""
     scale = 1 / math.sqrt(query.shape[-1])
-    row_sums = np.einsum("...s,...s->...", grad, weights)[..., None]  # sum(g * w) of each row, (B, H, T, 1)
+    row_sums = np.vecdot(grad, weights)[..., None]  # sum(g * w) of each row, (B, H, T, 1)
     grad_scores = grad - row_sums
     grad_scores *= weights
     grad_scores *= scale
@@ -276,15 +276,16 @@ class MultiHeadAttention(Module):
         return self.out_proj(apply(merge_heads_array, mixed))
 
     def visible(self, seq_len, mask=None):
-        """The mask of a forward pass over seq_len tokens; None where everything is visible."""
+        """The mask of a forward pass over seq_len tokens: `mask`, and causal if we are; None: all is visible."""
         if not self.causal or (seq_len == 1 and mask is None):
             return mask
-        return causal_mask(seq_len) if mask is None else causal_mask(seq_len) & np.asarray(mask)
+        return causal_mask(seq_len) if mask is None else causal_mask(seq_len) & mask
 
     def forward(self, x, mask=None):
         """x (B, T, E), mask as in scaled_dot_product_attention -> (B, T, E)."""
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"MultiHeadAttention needs x of shape (B, T, {self.embed_dim}), got {x.shape}")
-        visible = self.visible(x.shape[1], mask)
+        batch_size, seq_len, _ = x.shape
+        visible = self.visible(seq_len, as_visible(mask, (batch_size, self.num_heads, seq_len, seq_len)))
         query, key, value = self.project(x)
         return self.merge(self.attend(query, key, value, visible))
