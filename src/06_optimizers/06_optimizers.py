@@ -33,6 +33,8 @@ import math
 
 import numpy as np
 
+from tinytorch.core.tensor import Tensor
+
 # %%
 import time
 
@@ -40,7 +42,6 @@ import tinytorch.core.autograd  # plugs the engine in
 from tinytorch.core.activations import ReLU
 from tinytorch.core.layers import Linear, Parameter, Sequential
 from tinytorch.core.losses import cross_entropy
-from tinytorch.core.tensor import Tensor
 
 # %% [markdown]
 """
@@ -416,6 +417,29 @@ buffers it keeps and how one piece moves:
         buffers = ("momentum_buffer",)
         def update(self, step, weight, grad, momentum_buffer): ...
 
+First a guard, given. An optimizer that holds the wrong objects moves them dutifully, and the model never learns.
+"""
+
+# %%
+#| export
+def parameter_list(params):
+    """The parameters as a list; an error in words for what cannot be moved or would be moved in vain."""
+    if isinstance(params, Tensor) or hasattr(params, "parameters"):
+        raise TypeError("the optimizer needs a list of parameters: model.parameters(), or [weight] for a single one")
+    params = list(params)
+    if not params:
+        raise ValueError("the optimizer got no parameters: pass model.parameters()")
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"an optimizer moves Tensors, got a {type(p).__name__}: pass model.parameters()")
+        if p._node is not None:
+            raise ValueError("a parameter was computed from other Tensors: pass the weights that it was made from")
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("a parameter was passed twice: it would be moved twice in each step")
+    return params
+
+# %% [markdown]
+"""
 **Build** `step`. For each parameter: no gradient (a frozen layer, a branch not taken) means no move and no
 count. Otherwise count one up in its state, and call `update` for every piece. A gradient may come transposed
 from the engine; `np.asarray(grad, order="C")` makes it contiguous where it is not.
@@ -430,11 +454,7 @@ class Optimizer:
     buffers = ()
 
     def __init__(self, params, lr):
-        self.params, self.lr, self.state = list(params), lr, {}
-        if not self.params:
-            raise ValueError("the optimizer got no parameters: pass model.parameters()")
-        if len({id(p) for p in self.params}) < len(self.params):
-            raise ValueError("a parameter was passed twice: it would be moved twice in each step")
+        self.params, self.lr, self.state = parameter_list(params), lr, {}
         if not lr >= 0:
             raise ValueError(f"lr must be 0 or more, got {lr}")
 
@@ -444,11 +464,12 @@ class Optimizer:
             parameter.grad = None
 
     def state_of(self, index, weight):
-        """The state of parameter `index`: {"step": 0, buffer name: zeros like weight} when it is first asked for."""
-        if index not in self.state:
-            zeros = {name: np.zeros(weight.shape, weight.dtype) for name in self.buffers}
-            self.state[index] = {"step": 0, **zeros}
-        return self.state[index]
+        """The state of parameter `index`: "step" from 0, and buffers from zeros, each made when it is first needed."""
+        state = self.state.setdefault(index, {"step": 0})
+        for name in self.buffers:
+            if name not in state:
+                state[name] = np.zeros(weight.shape, weight.dtype)
+        return state
 
     def update(self, step, weight, grad, *buffers):
         """Move one piece of a weight, in place; `step` counts from 1."""
@@ -474,7 +495,9 @@ class Optimizer:
 
     def check_state_dict(self, saved):
         """Raise a ValueError that says why `saved` does not fit this optimizer's parameters, if it does not."""
-        kind = type(self).__name__
+        kind, missing = type(self).__name__, {"optimizer", "settings", "state"} - set(saved)
+        if missing:
+            raise ValueError(f"this is no state of an optimizer: it lacks {', '.join(sorted(missing))}")
         if saved["optimizer"] != kind:
             raise ValueError(f"the state was saved by {saved['optimizer']}, this optimizer is {kind}")
         problems = state_problems(saved["state"], [p.shape for p in self.params])
@@ -501,7 +524,7 @@ class SGD(Optimizer):
 
     settings = ("lr", "momentum", "weight_decay", "nesterov")
 
-    def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
+    def __init__(self, params, lr=1e-3, momentum=0, weight_decay=0, nesterov=False):
         super().__init__(params, lr)
         if momentum < 0 or weight_decay < 0:
             raise ValueError(f"momentum ({momentum}) and weight_decay ({weight_decay}) must be 0 or more")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinytorch.core.activations import ReLU
-from tinytorch.core.autograd import enable_autograd
+from tinytorch.core.autograd import enable_autograd, no_grad
 from tinytorch.core.layers import Linear, Parameter, Sequential
 from tinytorch.core.losses import cross_entropy, mse_loss
 from tinytorch.core.optimizers import SGD, Adam, AdamW
@@ -158,6 +158,43 @@ class TestResuming:
         with pytest.raises(ValueError, match=r"shape \(16, 4\), needed \(5, 4\)"):
             other.load_state_dict(adam.state_dict())
         assert other.state == {} and other.lr == 0.5
+        for foreign in ({}, model.state_dict()):
+            with pytest.raises(ValueError, match="no state of an optimizer"):
+                other.load_state_dict(foreign)
+
+    def test_momentum_may_be_switched_on_later(self):
+        p = Parameter([1.0])
+        optimizer = SGD([p], lr=0.5)
+        for momentum in (0, 0.9, 0.9):
+            optimizer.momentum, p.grad = momentum, Tensor([1.0])
+            optimizer.step()
+        assert np.allclose(p.data, 1 - 0.5 * (1 + 1 + 1.9)), f"got {p.data}"
+
+    def test_weights_from_one_array_move_apart(self):
+        """Oracle: the same weights from arrays of their own."""
+        array, moved = np.ones(3, np.float32), []
+        for shared in (True, False):
+            pair = [Tensor(array if shared else array.copy(), requires_grad=True) for _ in range(2)]
+            kinds = SGD(pair[:1], lr=0.1), AdamW(pair[1:], lr=0.1, weight_decay=0.1)
+            for _ in range(3):
+                for p, optimizer in zip(pair, kinds):
+                    p.grad = Tensor([1.0, -2.0, 0.5])
+                    optimizer.step()
+            moved.append([p.tolist() for p in pair])
+        assert moved[0] == moved[1] and array.tolist() == [1, 1, 1]
+
+    def test_by_hand_inside_no_grad(self):
+        """Oracle: SGD. `w -= lr * w.grad` is how a training loop is first written."""
+        by_hand, by_sgd = (Parameter([1.0, -2.0]) for _ in range(2))
+        optimizer = SGD([by_sgd], lr=0.1)
+        for _ in range(3):
+            for w in (by_hand, by_sgd):
+                w.zero_grad()
+                (w * w).sum().backward()
+            with no_grad():
+                by_hand -= 0.1 * by_hand.grad
+            optimizer.step()
+        assert isinstance(by_hand, Parameter) and np.array_equal(by_hand.data, by_sgd.data)
 
 
 class TestRefusals:
@@ -171,8 +208,25 @@ class TestRefusals:
             (lambda p: SGD([p], lr=0.1, momentum=-1), "momentum"),
             (lambda p: Adam([p], betas=(0.9, 1.0)), "betas"),
             (lambda p: AdamW([p], eps=-1), "eps"),
+            (lambda p: SGD([p * 2], lr=0.1), "computed from other Tensors"),
         ],
     )
     def test_wrong_settings_are_named(self, build, words):
         with pytest.raises(ValueError, match=words):
             build(Parameter([1.0]))
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [Parameter([1.0, 2.0]), Linear(2, 2), [np.ones(2)], Linear(2, 2).named_parameters(), [{"params": []}]],
+        ids=["one weight", "a model", "arrays", "names and weights", "groups"],
+    )
+    def test_what_is_no_list_of_parameters(self, wrong):
+        with pytest.raises(TypeError, match=r"model\.parameters\(\)"):
+            SGD(wrong, lr=0.1)
+
+    def test_a_frozen_weight_may_be_passed_and_does_not_move(self):
+        frozen, p = Parameter([1.0], requires_grad=False), Parameter([1.0])
+        optimizer = AdamW([frozen, p], lr=0.1)
+        (frozen * p).sum().backward()
+        optimizer.step()
+        assert frozen.tolist() == [1.0] and p.tolist() != [1.0]

@@ -10,6 +10,7 @@ __all__ = [
     "with_weight_decay",
     "BLOCK",
     "blocks",
+    "parameter_list",
     "Optimizer",
     "SGD",
     "update_moments",
@@ -26,6 +27,8 @@ __all__ = [
 import math
 
 import numpy as np
+
+from tinytorch.core.tensor import Tensor
 
 
 # %% cell 7 (06-descend)
@@ -83,7 +86,25 @@ def blocks(*arrays, size=BLOCK):
         yield tuple(array[start : start + size] for array in flat)
 
 
-# %% cell 32 (06-step)
+# %% cell 32
+def parameter_list(params):
+    """The parameters as a list; an error in words for what cannot be moved or would be moved in vain."""
+    if isinstance(params, Tensor) or hasattr(params, "parameters"):
+        raise TypeError("the optimizer needs a list of parameters: model.parameters(), or [weight] for a single one")
+    params = list(params)
+    if not params:
+        raise ValueError("the optimizer got no parameters: pass model.parameters()")
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"an optimizer moves Tensors, got a {type(p).__name__}: pass model.parameters()")
+        if p._node is not None:
+            raise ValueError("a parameter was computed from other Tensors: pass the weights that it was made from")
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("a parameter was passed twice: it would be moved twice in each step")
+    return params
+
+
+# %% cell 34 (06-step)
 class Optimizer:
     """Moves parameters by their gradients; keeps, for each parameter, a step count and the buffers of its kind."""
 
@@ -91,11 +112,7 @@ class Optimizer:
     buffers = ()
 
     def __init__(self, params, lr):
-        self.params, self.lr, self.state = list(params), lr, {}
-        if not self.params:
-            raise ValueError("the optimizer got no parameters: pass model.parameters()")
-        if len({id(p) for p in self.params}) < len(self.params):
-            raise ValueError("a parameter was passed twice: it would be moved twice in each step")
+        self.params, self.lr, self.state = parameter_list(params), lr, {}
         if not lr >= 0:
             raise ValueError(f"lr must be 0 or more, got {lr}")
 
@@ -105,11 +122,12 @@ class Optimizer:
             parameter.grad = None
 
     def state_of(self, index, weight):
-        """The state of parameter `index`: {"step": 0, buffer name: zeros like weight} when it is first asked for."""
-        if index not in self.state:
-            zeros = {name: np.zeros(weight.shape, weight.dtype) for name in self.buffers}
-            self.state[index] = {"step": 0, **zeros}
-        return self.state[index]
+        """The state of parameter `index`: "step" from 0, and buffers from zeros, each made when it is first needed."""
+        state = self.state.setdefault(index, {"step": 0})
+        for name in self.buffers:
+            if name not in state:
+                state[name] = np.zeros(weight.shape, weight.dtype)
+        return state
 
     def update(self, step, weight, grad, *buffers):
         """Move one piece of a weight, in place; `step` counts from 1."""
@@ -133,7 +151,9 @@ class Optimizer:
 
     def check_state_dict(self, saved):
         """Raise a ValueError that says why `saved` does not fit this optimizer's parameters, if it does not."""
-        kind = type(self).__name__
+        kind, missing = type(self).__name__, {"optimizer", "settings", "state"} - set(saved)
+        if missing:
+            raise ValueError(f"this is no state of an optimizer: it lacks {', '.join(sorted(missing))}")
         if saved["optimizer"] != kind:
             raise ValueError(f"the state was saved by {saved['optimizer']}, this optimizer is {kind}")
         problems = state_problems(saved["state"], [p.shape for p in self.params])
@@ -148,13 +168,13 @@ class Optimizer:
         self.state = copy_state(saved["state"])
 
 
-# %% cell 34
+# %% cell 36
 class SGD(Optimizer):
     """Gradient descent with momentum, Nesterov's variant and weight decay, as torch.optim.SGD."""
 
     settings = ("lr", "momentum", "weight_decay", "nesterov")
 
-    def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
+    def __init__(self, params, lr=1e-3, momentum=0, weight_decay=0, nesterov=False):
         super().__init__(params, lr)
         if momentum < 0 or weight_decay < 0:
             raise ValueError(f"momentum ({momentum}) and weight_decay ({weight_decay}) must be 0 or more")
@@ -174,7 +194,7 @@ class SGD(Optimizer):
         descend(weight, direction, float(self.lr))
 
 
-# %% cell 37 (06-moments)
+# %% cell 39 (06-moments)
 def update_moments(exp_avg, exp_avg_sq, grad, betas):
     """Update both running averages in place. Source: Kingma and Ba 2015, algorithm 1.
 
@@ -189,7 +209,7 @@ def update_moments(exp_avg, exp_avg_sq, grad, betas):
     exp_avg_sq += (1 - beta2) * grad * grad
 
 
-# %% cell 42 (06-adam)
+# %% cell 44 (06-adam)
 def adam_update(weight, exp_avg, exp_avg_sq, step, lr, betas, eps):
     """Move `weight` in place by lr times the corrected average over its usual size; `step` counts from 1."""
     beta1, beta2 = betas
@@ -199,7 +219,7 @@ def adam_update(weight, exp_avg, exp_avg_sq, step, lr, betas, eps):
     weight -= lr / (1 - beta1**step) * exp_avg / size
 
 
-# %% cell 45
+# %% cell 47
 class Adam(Optimizer):
     """Steps scaled by each number's usual gradient; weight decay enters through the gradient, as torch.optim.Adam."""
 
@@ -220,7 +240,7 @@ class Adam(Optimizer):
         adam_update(weight, exp_avg, exp_avg_sq, step, float(self.lr), self.betas, self.eps)
 
 
-# %% cell 48 (06-adamw)
+# %% cell 50 (06-adamw)
 def shrink(weight, lr, weight_decay):
     """Decoupled weight decay, in place. Source: Loshchilov and Hutter 2019, algorithm 2, as PyTorch scales it.
 
@@ -230,7 +250,7 @@ def shrink(weight, lr, weight_decay):
     weight *= 1 - lr * weight_decay
 
 
-# %% cell 49
+# %% cell 51
 class AdamW(Adam):
     """Adam with weight decay apart from the gradient, as torch.optim.AdamW."""
 
@@ -243,7 +263,7 @@ class AdamW(Adam):
         adam_update(weight, exp_avg, exp_avg_sq, step, float(self.lr), self.betas, self.eps)
 
 
-# %% cell 57
+# %% cell 59
 def state_problems(state, shapes):
     """Why a saved state does not fit parameters of these shapes: a list of sentences, empty if it does."""
     problems = [f"there is no parameter {index}, only {len(shapes)}" for index in state if index >= len(shapes)]
@@ -254,7 +274,7 @@ def state_problems(state, shapes):
     return problems
 
 
-# %% cell 58 (06-state)
+# %% cell 60 (06-state)
 def copy_state(state):
     """A copy of {index: {name: array or number}} that shares no array with it."""
     return {
