@@ -532,7 +532,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Now softmax itself: shift, `exp`, divide by the sum along `dim`.
+**Build** softmax itself: shift, `exp`, divide by the sum along `dim`.
 
 A row in which everything is hidden has only zeros after `exp`, and `0 / 0` is NaN again. We give such a row
 the share 0 everywhere. There is a neat way: in any other row the largest exponent is 0, so the sum is at

@@ -805,6 +805,8 @@ worse, and differently each time. A test that runs the model twice and compares 
 can go wrong: a name is missing, a name is unknown, a shape differs. If we loaded name by name and stopped
 at the first problem, half of the model would be new and half old. So we compare everything first, report
 *all* problems, and only then write.
+
+**Build** the two lists of names, in the order of the dictionaries. The comparison of shapes is given.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-compare", "locked": false, "schema_version": 3, "solution": true, "task": false}

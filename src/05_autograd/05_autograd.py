@@ -613,6 +613,8 @@ slopes:
 `result[key] += grad` looks right and is wrong: NumPy reads `result[key]` once, adds, and writes twice, so the
 second write wins. `np.add.at(result, key, grad)` adds one after another. It is slower, so use it only where a
 key can repeat: `picks_once` tells.
+
+**Build** `index_rule`, in the cell after the next.
 """
 
 # %%
@@ -973,6 +975,11 @@ def recorded(work):
     finally:
         plug_in(previous)
 
+
+def one(tensor):
+    """The slope of a single number against itself."""
+    return np.ones_like(tensor.data)
+
 # %% nbgrader={"grade": true, "grade_id": "05-record-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_record():
     """The oracle is the list in the text above."""
@@ -1232,11 +1239,6 @@ def backpropagate(tensor, grad):
             grads[x] = grads[x] + share if x in grads else share
     ### END SOLUTION
 
-# %%
-def one(tensor):
-    """The slope of a single number against itself."""
-    return np.ones_like(tensor.data)
-
 # %% nbgrader={"grade": true, "grade_id": "05-backpropagate-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
 def test_unit_backpropagate():
     """The oracle is school arithmetic on small graphs, and a counter on the rules."""
@@ -1324,8 +1326,7 @@ def enable_autograd():
     """Plug the engine in: from now on gradients are recorded."""
     plug_in(ENGINE)
 
-# %%
-#| export
+
 enable_autograd()
 
 # %%
@@ -1340,7 +1341,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Generating text or measuring a loss needs no graph. `with no_grad():` unplugs the engine for a block, and the
-nodes are never made.
+nodes are never made. It is also where a weight may be moved: `w -= lr * w.grad` is not part of any loss.
 
 **Build** it as a generator: what stands before `yield` runs on entering, what stands after it on leaving. It
 must put back **what was there** (blocks may be nested), and also when the block ends with an error. `plug_in`
@@ -1507,9 +1508,10 @@ def train_xor(steps=300, lr=0.1):
     for _ in range(steps):
         loss = mse_loss(tanh(x @ w1 + b1) @ w2 + b2, target)
         loss.backward()
-        for w in weights:
-            w.data -= lr * w.grad.data  # downhill; lesson 06 does this properly
-            w.zero_grad()
+        with no_grad():
+            for w in weights:
+                w -= lr * w.grad  # downhill; lesson 06 does this properly
+                w.zero_grad()
         losses.append(loss.item())
     return losses
 

@@ -75,6 +75,8 @@ later its optimizer and its checkpoints, all hold that same array. So we write *
     weight    [ 0.95, -1.9]     the same array
 
 In place, float32 also stays float32, and no second copy of the model is made.
+
+**Build** `descend`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-descend", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -177,7 +179,7 @@ Along x the gradients agree and add up. Across the valley they alternate and can
 
 **Predict.** The gradient is 1 in every step, momentum is 0.9, and the buffer starts at 0. What is the buffer
 after steps 1, 2 and 3, and which value does it approach? (The value that no longer changes:
-`b = 0.9 * b + 1`.)
+`b = 0.9 * b + 1`.) Then **build** `momentum_direction`; two checks follow, of the function and of the prediction.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-momentum", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -239,6 +241,8 @@ Nesterov's variant looks one step ahead: the buffer will be multiplied by `momen
 anyway, so it takes that into the direction now:
 
     direction = grad + momentum * buffer       (the buffer already updated)
+
+**Build** `nesterov_direction` on `momentum_direction`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-nesterov", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -298,6 +302,8 @@ towards zero; its gradient is simply `weight_decay * weight`, so nobody has to c
     grad [0.5, 0.5]   weight [2, -4]   weight_decay 0.1   ->   [0.7, 0.1]
 
 One trap: `grad` is the parameter's own `.grad`. It must not change, or a second look at it sees something else.
+
+**Build** `with_weight_decay`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-weight-decay", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -367,7 +373,8 @@ one long row over the same memory, so writing to a slice of it writes to the arr
 
     weight (2, 3), grad (2, 3), size 4   ->   (weight[0:4], grad[0:4]), (weight[4:6], grad[4:6])   of the flat rows
 
-Small arrays are one piece. So are arrays that are not contiguous, whose `reshape(-1)` would be a copy.
+Small arrays are one piece. So are arrays that are not contiguous, whose `reshape(-1)` would be a copy; both are
+given. **Build** the rest of `blocks`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-blocks", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -592,6 +599,8 @@ its own gradient. It keeps two running averages:
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad      the size, squared
 
 By hand, betas (0.9, 0.99), first gradient [2, -1]: `exp_avg` is [0.2, -0.1], `exp_avg_sq` is [0.04, 0.01].
+
+**Build** `update_moments`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-moments", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -748,7 +757,7 @@ loss has gradient zero, only the decay is left, and dividing it by itself gives 
     weight *= 1 - lr * weight_decay        then Adam's step, without decay
 
 **Predict.** A weight of 10 whose loss gradient is 0; lr 0.1, weight_decay 0.01. Where is the weight after one
-step of Adam, and where after one of AdamW?
+step of Adam, and where after one of AdamW? Then **build** `shrink`, the line above.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-decay", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -868,7 +877,7 @@ A run that is taken up again with new weights but an empty state starts Adam afr
 zero, and the loss jumps. `state_dict()` hands out the state, `load_state_dict()` takes it in. Both must
 **copy**: the live arrays change with the very next step, and the snapshot would change with them.
 
-`state_problems` is given; it lists what does not fit before anything is loaded.
+`state_problems` is given; it lists what does not fit before anything is loaded. **Build** `copy_state` after it.
 """
 
 # %%

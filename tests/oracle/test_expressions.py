@@ -135,8 +135,9 @@ def test_a_language_model_head():
     """Logits (B, T, V) with padding: PyTorch sees them as rows."""
     x, target = RNG.standard_normal((2, 5, 6)).astype(np.float32), RNG.integers(0, 7, (2, 5))
     target[0, 3:] = -100
-    ours, theirs = Sequential(Linear(6, 8), activations.Tanh(), Linear(8, 7)), torch.nn.Sequential(
-        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 7)
+    ours, theirs = (
+        Sequential(Linear(6, 8), activations.Tanh(), Linear(8, 7)),
+        torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 7)),
     )
     ours.load_state_dict({name: p.detach().numpy() for name, p in theirs.named_parameters()})
     loss = CrossEntropyLoss()(ours(Tensor(x)), target)

@@ -553,7 +553,7 @@ def backpropagate(tensor, grad):
             grads[x] = grads[x] + share if x in grads else share
 
 
-# %% cell 76
+# %% cell 75
 def backward(tensor, gradient=None):
     """Fill .grad of every leaf that tensor came from; gradient is the slope that arrives, 1 for a single number."""
     if not tensor.requires_grad:
@@ -586,11 +586,10 @@ def enable_autograd():
     plug_in(ENGINE)
 
 
-# %% cell 77
 enable_autograd()
 
 
-# %% cell 80 (05-no-grad)
+# %% cell 78 (05-no-grad)
 @contextmanager
 def no_grad():
     """Record nothing within the block; serves as a decorator, too.
@@ -606,7 +605,7 @@ def no_grad():
         plug_in(previous)
 
 
-# %% cell 83
+# %% cell 81
 def check_gradients(function, *arrays, eps=1e-6, tolerance=1e-5):
     """Compare backward() with central differences; AssertionError names input, index, got and expected.
 
