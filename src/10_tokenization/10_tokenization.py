@@ -41,9 +41,27 @@ from collections import Counter, defaultdict
 from functools import cache
 
 # %%
-import random
 import tempfile
 import time
+
+UNUSUAL = "naïve 中文, 3½²\t\r\n  — ‘x’ \U0001d11e\x00 e\u0301 '\u00a0 can't <|end|>"
+
+
+def error_of(function, *args):
+    """The words of the ValueError that a call raises; '' if it raises none. The checks use it."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def spell(merges):
+    """The bytes that each merge stands for, for people to read."""
+    tokens = [bytes([b]) for b in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens[256:]
 
 # %% [markdown]
 """
@@ -57,20 +75,7 @@ list as the id.
     ids         0  1  2  3
 
     "decade" -> 2 3 1 0 2 3
-"""
 
-# %%
-#| export
-def char_vocabulary(text):
-    """The distinct characters of a text, in sorted order, so that the same text always gives the same ids.
-
-    >>> char_vocabulary("decade")
-    ['a', 'c', 'd', 'e']
-    """
-    return sorted(set(text))
-
-# %% [markdown]
-"""
 **Predict.** With the vocabulary of `"decade"`, which ids does `"deed"` become? Fill in the list before you
 run anything.
 """
@@ -109,6 +114,15 @@ megabyte, that is the only message that helps.
 
 # %%
 #| export
+def char_vocabulary(text):
+    """The distinct characters of a text, in sorted order, so that the same text always gives the same ids.
+
+    >>> char_vocabulary("decade")
+    ['a', 'c', 'd', 'e']
+    """
+    return sorted(set(text))
+
+
 def decode_characters(ids, characters):
     """The text of a list of ids.
 
@@ -119,15 +133,6 @@ def decode_characters(ids, characters):
         if not 0 <= i < len(characters):
             raise ValueError(f"id {i} at position {position} is outside of the vocabulary of {len(characters)}")
     return "".join(characters[i] for i in ids)
-
-# %%
-def error_of(function, *args):
-    """The words of the ValueError that a call raises; '' if it raises none. The checks below use it."""
-    try:
-        function(*args)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 # %% nbgrader={"grade": false, "grade_id": "10-encode-characters", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
@@ -174,10 +179,10 @@ if __name__ == "__main__":
 
 A trained model is worthless without the vocabulary it was trained with, so a tokenizer must survive in a
 file. Both tokenizers of this lesson share the way there: `to_dict` gives plain lists and strings, JSON writes
-them.
+them. The file is written beside its place and then moved there in one step, so a crash leaves the old file or
+the new one, never half.
 
-The file is written beside its place and then moved there in one step. A crash leaves the old file or the new
-one, never half.
+The class `CharTokenizer` only keeps state: `encode_characters` and `decode_characters` do the work.
 """
 
 # %%
@@ -225,12 +230,20 @@ def check_kind(state, kind):
     if state["kind"] != kind:
         raise ValueError(f"it holds a tokenizer of the kind {state['kind']!r}, not {kind!r}")
 
-# %% [markdown]
-"""
-### The class only keeps state
 
-`encode_characters` and `decode_characters` do the work. The class remembers the list and hands it to them.
-"""
+def check_text(text):
+    """What is not a string is a TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"a tokenizer takes text (str), got {type(text).__name__}")
+
+
+def plain_ids(ids):
+    """The ids of one text as a list; an array or a Tensor goes in, too. A batch or a fraction is a TypeError."""
+    ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    for i in ids:
+        if not hasattr(i, "__index__"):
+            raise TypeError(f"ids are whole numbers, got {i!r}. Decode the rows of a batch one by one")
+    return ids
 
 # %%
 #| export
@@ -242,6 +255,7 @@ class CharTokenizer(Tokenizer):
     """
 
     def __init__(self, text):
+        check_text(text)
         self.characters = char_vocabulary(text)
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
@@ -250,10 +264,11 @@ class CharTokenizer(Tokenizer):
         return len(self.characters)
 
     def encode(self, text):
+        check_text(text)
         return encode_characters(text, self.ids)
 
     def decode(self, ids):
-        return decode_characters(ids, self.characters)
+        return decode_characters(plain_ids(ids), self.characters)
 
     def to_dict(self):
         return {"kind": "char", "characters": self.characters}
@@ -261,7 +276,10 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, state):
         check_kind(state, "char")
-        return cls("".join(state["characters"]))
+        tokenizer = cls("".join(state["characters"]))
+        if tokenizer.characters != state["characters"]:
+            raise ValueError("its characters are not sorted, or not each there once: the ids would change")
+        return tokenizer
 
 # %% [markdown]
 """
@@ -290,29 +308,17 @@ if __name__ == "__main__":
 """
 Two things are wrong.
 
-* The vocabulary is a closed club. Adding all of Unicode would take more than a million ids, nearly all never
-  seen.
-* The sequence is as long as the text. Attention (lesson 12) compares each position with each other one: twice
-  the length is four times the work. `return` deserves one id, not six.
-
-Bytes solve the first, merging solves the second.
+* The vocabulary is a closed club. All of Unicode would take more than a million ids, nearly all never seen.
+* The sequence is as long as the text, and attention (lesson 12) compares each position with each other one:
+  twice the length is four times the work. `return` deserves one id, not six.
 
 ## 2. Bytes: 256 ids that write everything
 
-UTF-8 writes each character as one to four bytes, ASCII as one. A byte is a number from 0 to 255, so 256 ids
-are enough for every text there is, and for texts nobody has written yet.
-"""
+A byte is a number from 0 to 255. UTF-8 writes each character as one byte (up to U+007F: ASCII), two (up to
+U+07FF), three (up to U+FFFF) or four. So 256 ids are enough for every text there is.
 
-# %%
-if __name__ == "__main__":
-    for character in ("a", "\u00e9", "\u20ac", "\U0001d11e"):
-        print(f"U+{ord(character):05X}", list(character.encode("utf-8")))
-
-# %% [markdown]
-"""
-**Predict.** How many byte ids does the text `"10 €, naïve"` become? Count with the table that you just
-printed: characters up to U+007F take one byte, up to U+07FF two, up to U+FFFF three. The letter ï is U+00EF,
-the euro sign U+20AC.
+**Predict.** How many byte ids does the text `"10 €, naïve"` become? The letter ï is U+00EF, the euro sign
+U+20AC.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "10-predict-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -337,7 +343,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The price: a text in bytes is even longer than in characters. So now we shorten it.
+In bytes a text is even longer than in characters. So now we shorten it.
 
 ## 3. Merge the pair that occurs most
 
@@ -349,8 +355,7 @@ find the two neighbours that stand together most often, and give that pair an id
     merge (a,n) -> X   b X X a       b X d X a
     pairs              (b,X) 2   (X,a) 2   (X,X) 1   (X,d) 1   (d,X) 1
 
-We treat `banana` and `bandana` as two *words*: no pair reaches across the gap. A word that occurs seven times
-is stored once, with the *weight* 7.
+We treat `banana` and `bandana` as two *words*: no pair reaches across the gap.
 """
 
 # %% [markdown]
@@ -388,15 +393,11 @@ if __name__ == "__main__":
 """
 ### Build: count the pairs
 
-`zip(word, word[1:])` walks through all neighbours of a list. Count each pair with the weight of its word. In
-`aaa`, the pair (a, a) counts twice, although only one of the two can be merged: simple, and the same for
-everyone who recounts.
+A word that occurs seven times is stored once, with the *weight* 7, and each of its pairs counts seven times.
+`zip(word, word[1:])` walks through all neighbours: `zip("cab", "ab")` gives (c, a) and (a, b). In `aaa`, the
+pair (a, a) counts twice, although only one of the two can be merged: simple, and the same for everyone who
+recounts.
 """
-
-# %%
-if __name__ == "__main__":
-    word = list(b"banana")
-    print(list(zip(word, word[1:])))
 
 # %% nbgrader={"grade": false, "grade_id": "10-count-pairs", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
@@ -413,6 +414,15 @@ def count_pairs(words, weights):
             counts[pair] += weight
     return counts
     ### END SOLUTION
+
+
+def top_pair(counts):
+    """The pair with the largest count; among equals, the smallest pair of ids.
+
+    >>> top_pair({(2, 1): 7, (1, 9): 7, (0, 0): 3})
+    (1, 9)
+    """
+    return min(counts, key=lambda pair: (-counts[pair], pair))
 
 # %% nbgrader={"grade": true, "grade_id": "10-count-pairs-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_count_pairs():
@@ -431,16 +441,6 @@ def test_unit_count_pairs():
 
 if __name__ == "__main__":
     test_unit_count_pairs()
-
-# %%
-#| export
-def top_pair(counts):
-    """The pair with the largest count; among equals, the smallest pair of ids.
-
-    >>> top_pair({(2, 1): 7, (1, 9): 7, (0, 0): 3})
-    (1, 9)
-    """
-    return min(counts, key=lambda pair: (-counts[pair], pair))
 
 # %% [markdown]
 """
@@ -506,14 +506,6 @@ This version counts everything again in every round. It is the definition; a fas
 same merges.
 """
 
-# %%
-def spell(merges):
-    """The bytes that each merge stands for, for people to read."""
-    tokens = [bytes([b]) for b in range(256)]
-    for left, right in merges:
-        tokens.append(tokens[left] + tokens[right])
-    return tokens[256:]
-
 # %% nbgrader={"grade": false, "grade_id": "10-learn-merges-slow", "locked": false, "schema_version": 3, "solution": true, "task": false}
 def learn_merges_slow(words, weights, num_merges):
     """The first `num_merges` merges, as a list of pairs; fewer when no pair occurs twice.
@@ -557,17 +549,9 @@ def test_unit_learn_merges_slow():
 if __name__ == "__main__":
     test_unit_learn_merges_slow()
 
-# %% [markdown]
-"""
-### Measure
-
-How long would this take on the whole help text? Take the text as *one* word, run a few merges on a part of
-it, and multiply.
-"""
-
 # %% nbgrader={"grade": false, "grade_id": "10-measure-slow", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_slow():
-    """Seconds per merge on a part of the text, and what that means for all of it."""
+    """How long would it take on all of the help text? A few merges on a part of it, as one word, multiplied."""
     part = list(help_text().encode("utf-8"))[:40_000]
     start = time.perf_counter()
     merges = learn_merges_slow([part], [1], 5)
@@ -596,25 +580,6 @@ training fast (each distinct chunk is stored once, with a weight), and the vocab
 
 A blank belongs to the word that follows, so ` years` is one token, and `years` at the start of a line
 another.
-"""
-
-# %% [markdown]
-r"""
-### The pattern
-
-Six alternatives, tried in this order at each place (GPT-2's `encoder.py`):
-
-| | matches | example |
-|---|---|---|
-| 1 | the English endings | `'re` |
-| 2 | an optional blank, then letters | `_years` |
-| 3 | an optional blank, then digits and other numbers | `_20` |
-| 4 | an optional blank, then anything that is neither white space, letter nor number | `_...` |
-| 5 | white space that is *not followed by* anything but white space | the first of the two blanks before `Yes` |
-| 6 | any other white space | a line break before a word |
-
-Number 5 leaves the last blank of a run to the word after it: `\s+(?!\S)`. The pattern takes as much white
-space as it can, and gives back until what follows is not a visible character.
 """
 
 # %% [markdown]
@@ -657,12 +622,23 @@ def unicode_classes():
     return character_class(letters), character_class(numbers), character_class(spaces)
 
 # %% [markdown]
-"""
-### Build: the pattern
+r"""
+### The pattern
 
-Write alternatives 3 to 6. `letter`, `number` and `space` are what stands inside square brackets, so "one or
-more letters" is `[{letter}]+` in an f-string, and "no letter, no number" is `[^{letter}{number}]`. The first
-two alternatives are done.
+Six alternatives, tried in this order at each place (GPT-2's `encoder.py`):
+
+| | matches | example |
+|---|---|---|
+| 1 | the English endings | `'re` |
+| 2 | an optional blank, then letters | `_years` |
+| 3 | an optional blank, then digits and other numbers | `_20` |
+| 4 | an optional blank, then anything that is neither white space, letter nor number | `_...` |
+| 5 | white space that is *not followed by* anything but white space | the first of the two blanks before `Yes` |
+| 6 | any other white space | a line break before a word |
+
+Number 5, `\s+(?!\S)`, leaves the last blank of a run to the word after it. **Build** alternatives 3 to 6.
+`letter`, `number` and `space` are what stands inside square brackets: "one or more letters" is `[{letter}]+`
+in an f-string, "no letter, no number" is `[^{letter}{number}]`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "10-chunk-regex", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -727,14 +703,9 @@ def test_unit_chunk_regex():
 if __name__ == "__main__":
     test_unit_chunk_regex()
 
-# %% [markdown]
-"""
-**Measure.** How many chunks, and how many *distinct* ones? That quotient is what we save.
-"""
-
 # %% nbgrader={"grade": false, "grade_id": "10-measure-chunks", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_chunks():
-    """Chunks, distinct chunks and the most common ones."""
+    """How many chunks, and how many distinct ones? That quotient is what we save."""
     chunks = split_text(help_text())
     counted = Counter(chunks)
     print(f"{len(chunks):,} chunks, {len(counted):,} distinct: one in {len(chunks) / len(counted):.0f}")
@@ -845,16 +816,13 @@ def test_unit_pop_top_pair():
 if __name__ == "__main__":
     test_unit_pop_top_pair()
 
-# %% [markdown]
-"""
-Now the parts fall into place. `where` remembers which words hold a pair. It may name words that do not hold
-it any more; merging nothing there does no harm.
-"""
-
 # %%
 #| export
 def learn_merges(words, weights, num_merges):
-    """The merges that `learn_merges_slow` finds, recounting only the words that a merge changed."""
+    """The merges that `learn_merges_slow` finds, recounting only the words that a merge changed.
+
+    `where` tells which words hold a pair. It may name words that no longer do: merging nothing there does no harm.
+    """
     words, merges = [list(word) for word in words], []
     counts, where = count_pairs(words, weights), defaultdict(set)
     for i, word in enumerate(words):
@@ -938,10 +906,7 @@ result.
 
 Not the leftmost pair first, and not the longest token first: only the order of training gives, on the
 training text, the very tokens that training left there.
-"""
 
-# %% [markdown]
-"""
 **Predict.** With the three merges above, what does `anan` become: X is 256, Y is 257, Z is 258. And `banan`?
 """
 
@@ -966,10 +931,6 @@ def test_unit_predict_encode():
 if __name__ == "__main__":
     test_unit_predict_encode()
 
-# %%
-#| export
-NEVER = (float("inf"), None)  # the rank of a pair that was never merged: after all others
-
 # %% [markdown]
 """
 ### Build: merge by rank
@@ -980,6 +941,9 @@ pairs last). If even that one is unknown, we are done. Otherwise merge it everyw
 
 # %% nbgrader={"grade": false, "grade_id": "10-merge-by-rank", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
+NEVER = (float("inf"), None)  # the rank of a pair that was never merged: after all others
+
+
 def merge_by_rank(ids, merges):
     """The ids of one chunk after all merges that apply; `merges` maps a pair to (rank, new id).
 
@@ -1022,12 +986,10 @@ if __name__ == "__main__":
 """
 ### A chunk that is very long
 
-Words are short, so this is fast. But a text is not always words: 20,000 letters of a DNA sequence are *one*
-chunk, and each round walks through all of it. The heap helps again: it holds the place of each known pair by
-rank, and a linked list (`before`, `after`) tells who is whose neighbour now.
-
-This function is given. It returns what `merge_by_rank` returns; the tokenizer uses it for chunks of more than
-64 bytes.
+Words are short, so this is fast. But 20,000 letters of a DNA sequence are *one* chunk, and each round walks
+through all of it: twice the length takes four times as long. The heap helps again. It holds the place of each
+known pair by rank, and a linked list (`before`, `after`) tells who is whose neighbour now. The function is
+given; the tokenizer uses it for chunks of more than 64 bytes.
 """
 
 # %%
@@ -1052,44 +1014,16 @@ def merge_by_rank_long(ids, merges):
                 heapq.heappush(heap, (merges[ids[left], ids[right]][0], left))
     return [i for i in ids if i is not None]
 
-# %% nbgrader={"grade": false, "grade_id": "10-measure-long", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def measure_long():
-    """Seconds of both on one chunk, as it doubles."""
-    part = learn_merges([list(help_text().encode("utf-8"))[:20_000]], [1], 200)
-    merges = {pair: (rank, 256 + rank) for rank, pair in enumerate(part)}
-    for length in (2_000, 4_000, 8_000):
-        chunk = random.Random(0).choices(list(b"etaoin"), k=length)
-        seconds = []
-        for function in (merge_by_rank, merge_by_rank_long):
-            start = time.perf_counter()
-            result = function(chunk, merges)
-            seconds.append(time.perf_counter() - start)
-        print(f"{length:6,} letters, {len(result):6,} tokens: pass by pass {seconds[0]:.3f} s, heap {seconds[1]:.3f} s")
-
-
-if __name__ == "__main__":
-    measure_long()
-
 # %% [markdown]
 """
 ## 7. Decode: join bytes first
 
-Each id stands for some bytes, and a token may hold a *part* of a character. Here are three tokens of one byte
-each:
-"""
+Each id stands for some bytes, and a token may hold a *part* of a character. The euro sign is three bytes. As
+three tokens of one byte each, decoded one by one, they are three times U+FFFD, the replacement character;
+joined first, they are the euro sign. So: join all bytes, then decode.
 
-# %%
-if __name__ == "__main__":
-    parts = [bytes([byte]) for byte in "€".encode()]
-    print("each decoded:", ascii("".join(part.decode("utf-8", errors="replace") for part in parts)))
-    print("joined first:", ascii(b"".join(parts).decode("utf-8")))
-
-# %% [markdown]
-"""
-So the order of the two steps matters: join all bytes, then decode.
-
-A language model may also stop in the middle of a character. What is not UTF-8 becomes U+FFFD, the replacement
-character, instead of an error (`errors="replace"`). For text that came from `encode` this never happens.
+A language model may also stop in the middle of a character. What is not UTF-8 becomes U+FFFD instead of an
+error (`errors="replace"`). For text that came from `encode` this never happens.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "10-decode-tokens", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1155,8 +1089,7 @@ Three things are left to the class.
 #| export
 def utf8(text):
     """The bytes of a text. Half of a surrogate pair is a ValueError that names its position."""
-    if not isinstance(text, str):
-        raise TypeError(f"a tokenizer takes text (str), got {type(text).__name__}")
+    check_text(text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -1177,11 +1110,6 @@ def split_special(text, special_tokens):
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
 
-# %% [markdown]
-"""
-First what a tokenizer *knows*, and how it goes into a file and comes out of one; then what it *does*.
-"""
-
 # %%
 #| export
 class BPEState(Tokenizer):
@@ -1194,13 +1122,19 @@ class BPEState(Tokenizer):
     def set_state(self, byte_ids, merges, special_tokens):
         """Take over ids of bytes, merges as triples (left, right, new id) in order of rank, and special tokens."""
         self.byte_ids, self.special_tokens, self._cache = list(byte_ids), dict(special_tokens), {}
-        self.tokens = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
-        self.merges = {}
+        self.tokens, self.merges = {}, {}
+        for byte, i in zip(range(256), self.byte_ids, strict=True):
+            self._add(i, bytes([byte]))
         for rank, (left, right, new_id) in enumerate(merges):
-            self.tokens[new_id] = self.tokens[left] + self.tokens[right]
+            self._add(new_id, self.tokens[left] + self.tokens[right])
             self.merges[left, right] = rank, new_id
-        self.tokens.update((i, name.encode("utf-8")) for name, i in self.special_tokens.items())
+        for name, i in self.special_tokens.items():
+            self._add(i, name.encode("utf-8"))
         return self
+
+    def _add(self, i, token):
+        if self.tokens.setdefault(i, token) != token:
+            raise ValueError(f"id {i} would stand for {self.tokens[i]!r} and for {token!r}")
 
     @property
     def vocab_size(self):
@@ -1280,20 +1214,11 @@ class BPETokenizer(BPEState):
 
     def decode(self, ids):
         """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
-        return decode_tokens(ids, self.tokens)
-
-# %% [markdown]
-"""
-The class has no hole, and so no mistake of its own: if this check fails, one of the functions above is at
-fault.
-"""
-
-# %%
-UNUSUAL = "naïve 中文, 3½²\t\r\n  — ‘x’ \U0001d11e\x00 e\u0301 '\u00a0 can't <|end|>"
+        return decode_tokens(plain_ids(ids), self.tokens)
 
 # %% nbgrader={"grade": true, "grade_id": "10-bpe-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_bpe():
-    """The oracles: the text itself (round trip), and the bytes (without training)."""
+    """The text itself (round trip), and the bytes (without training). The class has no hole of its own."""
     plain = BPETokenizer()
     assert plain.vocab_size == 256, f"without training there are 256 ids, got {plain.vocab_size}"
     assert plain.encode("né") == [110, 195, 169], f"without training ids are bytes, got {plain.encode('né')}"
@@ -1319,17 +1244,9 @@ def test_unit_bpe():
 if __name__ == "__main__":
     test_unit_bpe()
 
-# %% [markdown]
-"""
-### Measure: what a larger vocabulary buys
-
-Train for four sizes on the first nine tenths of the help text; count on the last tenth, which the tokenizer
-has not seen.
-"""
-
 # %% nbgrader={"grade": false, "grade_id": "10-measure-compression", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def measure_compression():
-    """Characters per token, and the bytes of the look-up table that lesson 11 needs for the vocabulary."""
+    """What a larger vocabulary buys (on text that was not trained on), and what it costs: the table of lesson 11."""
     text = help_text()
     cut = len(text) * 9 // 10
     for vocab_size in (256, 512, 1024, 2048):

@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
+from tinytorch.core.tensor import Tensor
 from tinytorch.text.tokenization import BPETokenizer, CharTokenizer, Tokenizer
 
 TEXT = "\n".join(topics[name] for name in sorted(topics))
@@ -41,6 +42,33 @@ class TestCharTokenizer:
         tokenizer = CharTokenizer(UNUSUAL)
         tokenizer.save(tmp_path / "chars.json")
         assert CharTokenizer.load(tmp_path / "chars.json").encode(UNUSUAL) == tokenizer.encode(UNUSUAL)
+
+
+class TestIdsAndTextInEveryForm:
+    @pytest.fixture(params=["char", "bpe"])
+    def tokenizer(self, request, bpe):
+        return CharTokenizer(TEXT) if request.param == "char" else bpe
+
+    def test_what_a_model_writes_is_decoded(self, tokenizer):
+        """generate() answers with a list, an array or a Tensor, like its prompt."""
+        ids = tokenizer.encode("for x in range(3)")
+        for form in (tuple(ids), np.array(ids), np.array(ids, np.int32), Tensor(ids)):
+            assert tokenizer.decode(form) == "for x in range(3)", type(form)
+
+    @pytest.mark.parametrize("bad", [[1.5], np.array([1.0]), np.array([[1, 2]]), [[1, 2]], ["1"]])
+    def test_what_are_no_ids_of_one_text(self, tokenizer, bad):
+        with pytest.raises(TypeError, match="whole numbers"):
+            tokenizer.decode(bad)
+
+    @pytest.mark.parametrize("bad", [None, b"text", ["t"], 3])
+    def test_what_is_no_text(self, tokenizer, bad):
+        for call in (tokenizer.encode, CharTokenizer, lambda text: BPETokenizer().train(text, 300)):
+            with pytest.raises(TypeError, match="takes text"):
+                call(bad)
+
+    def test_no_text_is_no_ids(self, tokenizer):
+        assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+        assert CharTokenizer("").vocab_size == 0 and BPETokenizer().train("", 300).vocab_size == 256
 
 
 class TestBPETraining:
@@ -190,6 +218,20 @@ class TestFiles:
         path.write_text(content)
         with pytest.raises(ValueError, match="broken.json"):
             BPETokenizer.load(path)
+
+    @pytest.mark.parametrize("change", [
+        {"byte_ids": [0, *range(255)]}, {"byte_ids": list(range(255))}, {"merges": [[97, 98, 3]]},
+        {"special_tokens": {"<|end|>": 65}},
+    ])
+    def test_a_file_that_gives_one_id_two_meanings(self, tmp_path, change):
+        path = tmp_path / "broken.json"
+        path.write_text(json.dumps({**BPETokenizer().to_dict(), **change}))
+        with pytest.raises(ValueError, match="broken.json"):
+            BPETokenizer.load(path)
+
+    def test_characters_in_another_order_would_be_other_ids(self):
+        with pytest.raises(ValueError, match="not sorted"):
+            CharTokenizer.from_dict({"kind": "char", "characters": ["b", "a"]})
 
     def test_gpt2_files_that_do_not_fit_are_named_with_the_line(self, tmp_path):
         from tinytorch.text.tokenization import byte_letters

@@ -10,6 +10,8 @@ __all__ = [
     "write_json",
     "Tokenizer",
     "check_kind",
+    "check_text",
+    "plain_ids",
     "CharTokenizer",
     "count_pairs",
     "top_pair",
@@ -49,7 +51,7 @@ from collections import Counter, defaultdict
 from functools import cache
 
 
-# %% cell 5
+# %% cell 8
 def char_vocabulary(text):
     """The distinct characters of a text, in sorted order, so that the same text always gives the same ids.
 
@@ -59,7 +61,6 @@ def char_vocabulary(text):
     return sorted(set(text))
 
 
-# %% cell 10
 def decode_characters(ids, characters):
     """The text of a list of ids.
 
@@ -72,7 +73,7 @@ def decode_characters(ids, characters):
     return "".join(characters[i] for i in ids)
 
 
-# %% cell 12 (10-encode-characters)
+# %% cell 9 (10-encode-characters)
 def encode_characters(text, ids):
     """The id of each character of `text`; `ids` maps characters to numbers.
 
@@ -89,7 +90,7 @@ def encode_characters(text, ids):
     return result
 
 
-# %% cell 15
+# %% cell 12
 def write_json(path, state):
     """Write `state` as JSON so that `path` holds the old content or the new, never a part of it."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
@@ -105,7 +106,7 @@ def write_json(path, state):
         raise
 
 
-# %% cell 16
+# %% cell 13
 class Tokenizer:
     """What both tokenizers share: the file. `Tokenizer.load(path)` opens whichever kind was saved."""
 
@@ -134,7 +135,22 @@ def check_kind(state, kind):
         raise ValueError(f"it holds a tokenizer of the kind {state['kind']!r}, not {kind!r}")
 
 
-# %% cell 18
+def check_text(text):
+    """What is not a string is a TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"a tokenizer takes text (str), got {type(text).__name__}")
+
+
+def plain_ids(ids):
+    """The ids of one text as a list; an array or a Tensor goes in, too. A batch or a fraction is a TypeError."""
+    ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    for i in ids:
+        if not hasattr(i, "__index__"):
+            raise TypeError(f"ids are whole numbers, got {i!r}. Decode the rows of a batch one by one")
+    return ids
+
+
+# %% cell 14
 class CharTokenizer(Tokenizer):
     """One id per character of `text`.
 
@@ -143,6 +159,7 @@ class CharTokenizer(Tokenizer):
     """
 
     def __init__(self, text):
+        check_text(text)
         self.characters = char_vocabulary(text)
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
@@ -151,10 +168,11 @@ class CharTokenizer(Tokenizer):
         return len(self.characters)
 
     def encode(self, text):
+        check_text(text)
         return encode_characters(text, self.ids)
 
     def decode(self, ids):
-        return decode_characters(ids, self.characters)
+        return decode_characters(plain_ids(ids), self.characters)
 
     def to_dict(self):
         return {"kind": "char", "characters": self.characters}
@@ -162,10 +180,13 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, state):
         check_kind(state, "char")
-        return cls("".join(state["characters"]))
+        tokenizer = cls("".join(state["characters"]))
+        if tokenizer.characters != state["characters"]:
+            raise ValueError("its characters are not sorted, or not each there once: the ids would change")
+        return tokenizer
 
 
-# %% cell 32 (10-count-pairs)
+# %% cell 25 (10-count-pairs)
 def count_pairs(words, weights):
     """How often each pair of neighbours occurs: a Counter {(left, right): count}.
 
@@ -179,7 +200,6 @@ def count_pairs(words, weights):
     return counts
 
 
-# %% cell 34
 def top_pair(counts):
     """The pair with the largest count; among equals, the smallest pair of ids.
 
@@ -189,7 +209,7 @@ def top_pair(counts):
     return min(counts, key=lambda pair: (-counts[pair], pair))
 
 
-# %% cell 36 (10-merge-pair)
+# %% cell 28 (10-merge-pair)
 def merge_pair(word, pair, new_id):
     """The ids of `word`, with each occurrence of `pair` replaced by `new_id`, leftmost first.
 
@@ -207,7 +227,7 @@ def merge_pair(word, pair, new_id):
     return merged
 
 
-# %% cell 47
+# %% cell 36
 def character_class(characters):
     """The inside of a regular expression's [...] for these characters, as ranges; they come in order.
 
@@ -232,7 +252,7 @@ def unicode_classes():
     return character_class(letters), character_class(numbers), character_class(spaces)
 
 
-# %% cell 49 (10-chunk-regex)
+# %% cell 38 (10-chunk-regex)
 def chunk_regex(letter, number, space):
     """The regular expression of the six alternatives, as a string without capturing groups.
 
@@ -247,7 +267,7 @@ def chunk_regex(letter, number, space):
     return "|".join([endings, word, figures, signs, trailing, f"[{space}]+"])
 
 
-# %% cell 50
+# %% cell 39
 @cache
 def chunk_pattern():
     """GPT-2's pattern, compiled once. It differs from GPT-2's own only for characters that this Python's Unicode
@@ -264,7 +284,7 @@ def split_text(text):
     return chunk_pattern().findall(text)
 
 
-# %% cell 55 (10-replace-word)
+# %% cell 43 (10-replace-word)
 def replace_word(old, new, weight, counts):
     """Keep `counts` right when `old` becomes `new` in a word of this weight; the set of pairs that changed.
 
@@ -279,7 +299,7 @@ def replace_word(old, new, weight, counts):
     return {*zip(old, old[1:]), *zip(new, new[1:])}
 
 
-# %% cell 58 (10-pop-top-pair)
+# %% cell 46 (10-pop-top-pair)
 def pop_top_pair(heap, counts):
     """Take entries (-count, pair) off the heap until one is fresh: its pair, or None if none occurs at least twice.
 
@@ -293,9 +313,12 @@ def pop_top_pair(heap, counts):
     return None
 
 
-# %% cell 61
+# %% cell 48
 def learn_merges(words, weights, num_merges):
-    """The merges that `learn_merges_slow` finds, recounting only the words that a merge changed."""
+    """The merges that `learn_merges_slow` finds, recounting only the words that a merge changed.
+
+    `where` tells which words hold a pair. It may name words that no longer do: merging nothing there does no harm.
+    """
     words, merges = [list(word) for word in words], []
     counts, where = count_pairs(words, weights), defaultdict(set)
     for i, word in enumerate(words):
@@ -317,11 +340,10 @@ def learn_merges(words, weights, num_merges):
     return merges
 
 
-# %% cell 69
+# %% cell 56 (10-merge-by-rank)
 NEVER = (float("inf"), None)  # the rank of a pair that was never merged: after all others
 
 
-# %% cell 71 (10-merge-by-rank)
 def merge_by_rank(ids, merges):
     """The ids of one chunk after all merges that apply; `merges` maps a pair to (rank, new id).
 
@@ -336,7 +358,7 @@ def merge_by_rank(ids, merges):
     return ids
 
 
-# %% cell 74
+# %% cell 59
 def merge_by_rank_long(ids, merges):
     """What `merge_by_rank` returns, in n log n steps: for chunks of thousands of bytes."""
     ids, end = list(ids), len(ids)
@@ -358,7 +380,7 @@ def merge_by_rank_long(ids, merges):
     return [i for i in ids if i is not None]
 
 
-# %% cell 79 (10-decode-tokens)
+# %% cell 61 (10-decode-tokens)
 def decode_tokens(ids, tokens):
     """The text of a list of ids; `tokens` maps an id to its bytes.
 
@@ -375,11 +397,10 @@ def decode_tokens(ids, tokens):
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
-# %% cell 82
+# %% cell 64
 def utf8(text):
     """The bytes of a text. Half of a surrogate pair is a ValueError that names its position."""
-    if not isinstance(text, str):
-        raise TypeError(f"a tokenizer takes text (str), got {type(text).__name__}")
+    check_text(text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -401,7 +422,7 @@ def split_special(text, special_tokens):
     return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
 
 
-# %% cell 84
+# %% cell 65
 class BPEState(Tokenizer):
     """What a BPE tokenizer knows, and the ways in and out of it.
 
@@ -412,13 +433,19 @@ class BPEState(Tokenizer):
     def set_state(self, byte_ids, merges, special_tokens):
         """Take over ids of bytes, merges as triples (left, right, new id) in order of rank, and special tokens."""
         self.byte_ids, self.special_tokens, self._cache = list(byte_ids), dict(special_tokens), {}
-        self.tokens = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
-        self.merges = {}
+        self.tokens, self.merges = {}, {}
+        for byte, i in zip(range(256), self.byte_ids, strict=True):
+            self._add(i, bytes([byte]))
         for rank, (left, right, new_id) in enumerate(merges):
-            self.tokens[new_id] = self.tokens[left] + self.tokens[right]
+            self._add(new_id, self.tokens[left] + self.tokens[right])
             self.merges[left, right] = rank, new_id
-        self.tokens.update((i, name.encode("utf-8")) for name, i in self.special_tokens.items())
+        for name, i in self.special_tokens.items():
+            self._add(i, name.encode("utf-8"))
         return self
+
+    def _add(self, i, token):
+        if self.tokens.setdefault(i, token) != token:
+            raise ValueError(f"id {i} would stand for {self.tokens[i]!r} and for {token!r}")
 
     @property
     def vocab_size(self):
@@ -439,7 +466,7 @@ class BPEState(Tokenizer):
         return cls().set_state(*read_gpt2_files(vocab, merges))
 
 
-# %% cell 85
+# %% cell 66
 LONG_CHUNK = 64  # bytes; longer ones go through the heap and are not remembered
 CACHE_SIZE = 1 << 16  # chunks
 
@@ -498,10 +525,10 @@ class BPETokenizer(BPEState):
 
     def decode(self, ids):
         """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
-        return decode_tokens(ids, self.tokens)
+        return decode_tokens(plain_ids(ids), self.tokens)
 
 
-# %% cell 95 (10-byte-letters)
+# %% cell 73 (10-byte-letters)
 def byte_letters():
     """The 256 letters of GPT-2's files: at place b, the printable character that stands for byte b.
 
@@ -518,7 +545,7 @@ def byte_letters():
     return letters
 
 
-# %% cell 98
+# %% cell 76
 def read_merges(path, ids):
     """The lines of merges.txt as triples (left, right, new id)."""
     triples = []
