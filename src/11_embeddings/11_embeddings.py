@@ -228,10 +228,7 @@ receives *both* gradients, added. A row that was not used receives zero.
     row 0 [0 0]    row 1 [11 22]    row 2 [0 0]    row 3 [5 5]
 
 In text this is the rule, not the exception: ` the` stands in nearly every batch many times.
-"""
 
-# %% [markdown]
-"""
 **Predict.** With the ids `[2, 0, 2, 2]` and the gradients `[[1, 0], [4, 4], [1, 1], [0, 5]]`, which gradient
 does each of the three rows of the table receive?
 """

@@ -79,10 +79,7 @@ The score of query i for key j is their dot product. By hand, with D = 4 and one
     keys   [1, 0, 0, 0]   [2, 0, 0, 0]   [0, 3, 0, 0]
     query . key        2              4              0
     divided by sqrt(4) 1              2              0
-"""
 
-# %% [markdown]
-"""
 Why divide by sqrt(D)? A dot product of D random numbers of size 1 is about sqrt(D) in size, so with larger
 heads the softmax sees larger scores. The next cell measures what that does to the largest weight.
 """
@@ -178,10 +175,7 @@ if __name__ == "__main__":
 """
 **Look back.** What would the scores be if we swapped query and key? When would it be cheaper to scale the
 scores?
-"""
 
-# %% [markdown]
-"""
 ## 2. How do we hide a key?
 
 A weight must be exactly 0 for a key that may not be seen, and the other weights must still sum to 1.
@@ -205,10 +199,7 @@ So we add 0 where a key is visible and -inf where it is not, before the softmax:
     visible        [yes, no, yes]
     after adding   [1, -inf, 0]
     softmax        [e/(e+1), 0, 1/(e+1)] = [0.7311, 0, 0.2689]
-"""
 
-# %% [markdown]
-"""
 One trap is left: a row that sees **nothing**, such as a row of padding. There the maximum is -inf, and
 subtracting it from -inf gives NaN, which spreads to everything after it. We want zeros. Two small steps do
 it:
@@ -287,10 +278,7 @@ keeps keys in slots, some of them empty; an empty slot has the position -1 and i
     query at 4         x  x  x  x  x   .
     query at 4, w = 2  .  .  .  x  x   .      window: itself and the one before
     ... and 1 sink     x  .  .  x  x   .      the first position stays visible
-"""
 
-# %% [markdown]
-"""
 **Build.** With a `window`, a key is visible where `query_pos - key_pos < window`, or where `key_pos < sinks`.
 """
 
@@ -508,10 +496,7 @@ head h // 2:
     query heads   0  1  2  3
     key heads     0  0  1  1      repeat: right
                   0  1  0  1      tile: right shape, wrong heads
-"""
 
-# %% [markdown]
-"""
 We could repeat the keys. That copies them for every token that we generate. Instead we **fold the
 queries**: the G = H / H_kv queries that share a key become G*T rows of one matrix, and the keys are read
 where they lie.
@@ -1042,10 +1027,7 @@ if __name__ == "__main__":
   do not copy keys.
 * Two operations with one rule each carry all gradients. The module is `project`, `attend`, `merge`.
 * Time and memory of `attend` grow with the square of the tokens.
-"""
 
-# %% [markdown]
-"""
 ## Exercises
 
 1. Set `causal=False` in the module test. Does the layer still learn? Should it?

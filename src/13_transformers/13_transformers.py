@@ -238,11 +238,6 @@ def test_unit_layer_norm_rule():
 if __name__ == "__main__":
     test_unit_layer_norm_rule()
 
-# %% [markdown]
-"""
-The module keeps the two parameters.
-"""
-
 # %%
 #| export
 class LayerNorm(Module):
@@ -262,10 +257,7 @@ class LayerNorm(Module):
 """
 **Look back.** BatchNorm takes its mean over the batch. What would that do to a model that generates one
 sequence, one token at a time?
-"""
 
-# %% [markdown]
-"""
 ## 2. What does a token do with what it found?
 
 Attention mixes values: it is a weighted average, and an average of vectors cannot compute "A but not B".
@@ -348,10 +340,7 @@ nothing in its way. That is *pre-norm*, as in GPT-2; the first transformer norma
     x -----------------(+)-----------------(+)-----> x
       \\                 |  \\                 |
        norm1 - attention    norm2 - mlp
-"""
 
-# %% [markdown]
-"""
 By hand, with simple parts (norm1 multiplies by 5, attention adds 10, norm2 multiplies by 4, mlp adds 100)
 and x = 1:
 
@@ -422,10 +411,7 @@ if __name__ == "__main__":
 """
 **Look back.** If both branches gave zero, what would a block be? Why is that a good place for a deep model
 to start from?
-"""
 
-# %% [markdown]
-"""
 ## 4. How large should the first weights be?
 
 GPT-2 draws every weight with standard deviation 0.02 and starts every bias at 0. One kind of weight starts
@@ -731,10 +717,7 @@ if __name__ == "__main__":
 """
 The first loss is the logarithm of the alphabet's size, as predicted; then it falls. The model has begun to
 learn the text by heart, which is all that a text of this length can teach it.
-"""
 
-# %% [markdown]
-"""
 ## 7. How does it write?
 
 The logits of the last position score the next token. The **greedy** choice takes the largest. To vary, we
@@ -1001,10 +984,7 @@ lets nothing that is already there change.
 
 **Look back.** Which parts of the work in a round are the same as in the round before? What would you have
 to keep?
-"""
 
-# %% [markdown]
-"""
 ## 8. The module test
 
 Every check again, then the whole path: real text, loss down, text back.
@@ -1045,10 +1025,7 @@ if __name__ == "__main__":
 * An untrained model's loss is log V. Residual weights start smaller by sqrt(2L).
 * `generate` runs what is new, asks the last position, appends. Without a cache, everything is new every
   time.
-"""
 
-# %% [markdown]
-"""
 ## Exercises
 
 1. Move the norms behind the additions (post-norm) and train with 8 blocks. Compare the first 50 losses.

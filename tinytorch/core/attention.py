@@ -36,7 +36,7 @@ from tinytorch.core.layers import Dropout, Linear, Module
 from tinytorch.core.tensor import Tensor, apply
 
 
-# %% cell 13 (12-scores)
+# %% cell 12 (12-scores)
 def score_array(query, key):
     """Scaled dot products of every query with every key: (..., T, D), (..., S, D) -> (..., T, S).
 
@@ -49,7 +49,7 @@ def score_array(query, key):
     return (query * scale) @ key.swapaxes(-1, -2)
 
 
-# %% cell 20 (12-masked-softmax)
+# %% cell 17 (12-masked-softmax)
 def masked_softmax_array(scores, visible=None):
     """Softmax over the last axis of what is visible: (..., S) -> (..., S); a row that sees nothing is all zeros.
 
@@ -67,7 +67,7 @@ def masked_softmax_array(scores, visible=None):
     return scores
 
 
-# %% cell 25 (12-visible-mask)
+# %% cell 21 (12-visible-mask)
 def visible_mask(query_pos, key_pos, window=None, sinks=0):
     """Which keys each query may look at, by position: (T,), (S,) -> (T, S), or (B, T), (B, S) -> (B, T, S); bool.
 
@@ -85,7 +85,7 @@ def visible_mask(query_pos, key_pos, window=None, sinks=0):
     return visible
 
 
-# %% cell 31 (12-causal-mask)
+# %% cell 27 (12-causal-mask)
 def causal_mask(seq_len, num_keys=None):
     """The mask of a decoder, bool (T, S): the queries are the last of `num_keys` keys (default: all).
 
@@ -99,7 +99,7 @@ def causal_mask(seq_len, num_keys=None):
     return visible_mask(np.arange(num_keys - seq_len, num_keys), np.arange(num_keys))
 
 
-# %% cell 36
+# %% cell 32
 def split_heads_array(packed, first, count, head_dim):
     """Heads first .. first + count of a packed projection, as a view: (B, T, F) -> (B, count, T, D)."""
     heads = packed.reshape(*packed.shape[:-1], -1, head_dim)  # (B, T, F / D, D)
@@ -114,7 +114,7 @@ def split_heads_rule(grad, output, packed, first, count, head_dim):
     return (grad_packed,)
 
 
-# %% cell 37 (12-merge-heads)
+# %% cell 33 (12-merge-heads)
 def merge_heads_array(x):
     """Each token's heads side by side again: (B, H, T, D) -> (B, T, H*D).
 
@@ -132,7 +132,7 @@ def merge_heads_rule(grad, output, x):
     return (grad.reshape(batch_size, seq_len, num_heads, head_dim).swapaxes(1, 2),)
 
 
-# %% cell 41 (12-fold-groups)
+# %% cell 36 (12-fold-groups)
 def fold_groups(x, key):
     """The query heads that share a key head become rows of one matrix: (B, H, T, D) -> (B, H_kv, G*T, D).
 
@@ -146,7 +146,7 @@ def fold_groups(x, key):
     return x.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads * seq_len, width)
 
 
-# %% cell 44
+# %% cell 39
 def mix_values_array(weights, value):
     """Weighted sums of the values: (B, H, T, S), (B, H_kv, S, D) -> (B, H, T, D)."""
     mixed = fold_groups(weights, value) @ value
@@ -162,14 +162,14 @@ def mix_values_rule(grad, output, weights, value):
     return grad_weights, grad_value
 
 
-# %% cell 46
+# %% cell 41
 def attention_weights_array(query, key, visible=None):
     """softmax(query @ key.T / sqrt(D)) over what is visible: (B, H, T, D), (B, H_kv, S, D) -> (B, H, T, S)."""
     scores = score_array(fold_groups(query, key), key)
     return masked_softmax_array(scores.reshape(*query.shape[:-1], key.shape[-2]), visible)
 
 
-# %% cell 48 (12-weights-rule)
+# %% cell 43 (12-weights-rule)
 @gradient(attention_weights_array)
 def attention_weights_rule(grad, weights, query, key, visible=None):
     """Gradients of query (B, H, T, D) and key (B, H_kv, S, D); `weights` is what the operation returned."""
@@ -184,7 +184,7 @@ def attention_weights_rule(grad, weights, query, key, visible=None):
     return grad_query, grad_key
 
 
-# %% cell 52
+# %% cell 47
 def check_shapes(query, key, value):
     """Raise a ValueError that says which of query, key and value does not fit."""
     q, k, v = query.shape, key.shape, value.shape
@@ -201,7 +201,7 @@ def check_shapes(query, key, value):
         )
 
 
-# %% cell 53
+# %% cell 48
 def as_visible(mask, scores_shape):
     """A mask as a bool array that broadcasts to scores (B, H, T, S); (B, T, S) gets a head axis; None stays."""
     if mask is None:
@@ -217,7 +217,7 @@ def as_visible(mask, scores_shape):
     return visible
 
 
-# %% cell 54
+# %% cell 49
 def attention_weights(query, key, mask=None):
     """How much each query looks at each key: (B, H, T, S), rows sum to 1, or to 0 where nothing is visible."""
     visible = as_visible(mask, (*query.shape[:-1], key.shape[-2]))
@@ -233,7 +233,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     return apply(mix_values_array, attention_weights(query, key, mask), value)
 
 
-# %% cell 60
+# %% cell 55
 def head_sizes(embed_dim, num_heads, num_kv_heads=None):
     """(num_kv_heads, head_dim), or a ValueError that says which number does not divide which."""
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -244,7 +244,7 @@ def head_sizes(embed_dim, num_heads, num_kv_heads=None):
     return num_kv_heads, embed_dim // num_heads
 
 
-# %% cell 62 (12-multi-head)
+# %% cell 57 (12-multi-head)
 class MultiHeadAttention(Module):
     """Attention over H heads: x (B, T, E) -> (B, T, E), in the three parts project, attend and merge."""
 

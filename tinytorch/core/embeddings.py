@@ -57,7 +57,7 @@ def embedding_array(weight, ids):
     return weight[ids]
 
 
-# %% cell 24 (11-sum-rows)
+# %% cell 23 (11-sum-rows)
 def sum_rows(ids, rows, num_rows):
     """Sum the rows that belong to the same id: ids (N,), rows (N, E) -> (num_rows, E), zero where an id is missing.
 
@@ -74,14 +74,14 @@ def sum_rows(ids, rows, num_rows):
     return total
 
 
-# %% cell 28 (11-embedding-rule)
+# %% cell 27 (11-embedding-rule)
 @gradient(embedding_array)
 def embedding_rule(grad, output, weight, ids):
     """The gradients of weight (V, E) and ids (none), given grad (..., E)."""
     return sum_rows(ids.reshape(-1), grad.reshape(-1, weight.shape[1]), len(weight)), None
 
 
-# %% cell 31
+# %% cell 30
 class Embedding(Module):
     """A row of numbers per id: ids (...) -> (..., embedding_dim). PyTorch: torch.nn.Embedding."""
 
@@ -97,7 +97,7 @@ class Embedding(Module):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-# %% cell 41 (11-sinusoidal-table)
+# %% cell 40 (11-sinusoidal-table)
 def sinusoidal_table(max_seq_len, embed_dim):
     """Sines and cosines of many wavelengths: (max_seq_len, embed_dim), float32, columns sin, cos, sin, cos, …
 
@@ -112,7 +112,7 @@ def sinusoidal_table(max_seq_len, embed_dim):
     return table
 
 
-# %% cell 48 (11-choose-positions)
+# %% cell 47 (11-choose-positions)
 def choose_positions(positions, seq_len, max_seq_len):
     """The positions of T tokens as an integer array: those given, (T,) or (B, T), else 0 .. T-1.
 
@@ -130,7 +130,7 @@ def choose_positions(positions, seq_len, max_seq_len):
     return positions
 
 
-# %% cell 51
+# %% cell 50
 class PositionalEncoding(Module):
     """Add to each row of x the row of its position: x (B, T, E), positions (T,) or (B, T) -> (B, T, E)."""
 

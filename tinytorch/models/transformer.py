@@ -84,7 +84,7 @@ def layer_norm_rule(grad, output, x, weight, bias, eps=1e-5):
     return h, grad_weight, grad_bias
 
 
-# %% cell 17
+# %% cell 16
 class LayerNorm(Module):
     """Layer norm over the last axis, (..., E) -> (..., E); starts as the plain normalisation."""
 
@@ -99,7 +99,7 @@ class LayerNorm(Module):
         return apply(layer_norm_array, x, self.weight, self.bias, eps=self.eps)
 
 
-# %% cell 22 (13-mlp)
+# %% cell 20 (13-mlp)
 class MLP(Module):
     """Two linear layers with a GELU between them, on each token on its own: (..., E) -> (..., E)."""
 
@@ -114,7 +114,7 @@ class MLP(Module):
         return self.dropout(self.down_proj(gelu(self.up_proj(x))))
 
 
-# %% cell 26 (13-block)
+# %% cell 23 (13-block)
 class TransformerBlock(Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)): (B, T, E) -> (B, T, E), causal."""
 
@@ -133,7 +133,7 @@ class TransformerBlock(Module):
         return x + self.mlp(self.norm2(x))
 
 
-# %% cell 30 (13-init)
+# %% cell 26 (13-init)
 def initial_std(name, num_layers):
     """The standard deviation with which the weight called `name` starts.
 
@@ -157,7 +157,7 @@ def init_weights(model, rng=None):
             parameter.data[...] = normal * initial_std(name, model.num_layers)
 
 
-# %% cell 36
+# %% cell 32
 def token_rows(ids):
     """Token ids as an integer array (B, T); one sequence (T,) becomes a batch of one."""
     try:
@@ -171,7 +171,7 @@ def token_rows(ids):
     return ids.reshape(-1, ids.shape[-1])
 
 
-# %% cell 37 (13-hidden)
+# %% cell 33 (13-hidden)
 class GPT(Module):
     """A decoder-only transformer in GPT-2's shape: ids (B, T) or (T,) -> logits (B, T, V).
 
@@ -231,7 +231,7 @@ class GPT(Module):
         return like_prompt(ids, prompt)
 
 
-# %% cell 49 (13-probabilities)
+# %% cell 44 (13-probabilities)
 def next_probabilities(logits, temperature=1.0, top_k=None):
     """The probability of each next token: logits (B, V) -> (B, V), float64; with top_k only the k best (and ties).
 
@@ -247,7 +247,7 @@ def next_probabilities(logits, temperature=1.0, top_k=None):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-# %% cell 52
+# %% cell 47
 def check_sampling(temperature, top_k):
     """Raise a ValueError that says which of the two makes no sense."""
     if not temperature >= 0:  # NaN is not, either
@@ -266,7 +266,7 @@ def sample_next(logits, temperature=0, top_k=None, rng=None):
     return np.argmax(ends > rng.random((len(ends), 1)) * ends[:, -1:], axis=-1)
 
 
-# %% cell 55 (13-generate)
+# %% cell 50 (13-generate)
 def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None,
                  on_token=None):
     """The loop of `generate`, on model.hidden and model.head: ids (B, P) -> (B, P + n), n <= max_new_tokens."""
@@ -288,7 +288,7 @@ def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=No
     return ids
 
 
-# %% cell 59
+# %% cell 54
 def check_prompt(prompt, max_new_tokens, max_seq_len):
     """The prompt as a new array (B, P), or a ValueError that says what does not fit."""
     ids = token_rows(prompt)
@@ -310,7 +310,7 @@ def like_prompt(ids, prompt):
     return ids if isinstance(prompt, np.ndarray) else ids.tolist()
 
 
-# %% cell 60
+# %% cell 55
 @contextmanager
 def evaluating(model):
     """Evaluation mode without gradients for the length of a block; each module's own mode comes back."""
