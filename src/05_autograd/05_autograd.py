@@ -1042,14 +1042,13 @@ So we need an order in which every Tensor comes once: a **topological order**, p
 from them, the root last. Walking it backwards, every user is done before its inputs.
 
     parents: loss <- p, c     p <- a, b     a <- x     b <- x
-    a valid order: x a b p c loss        (or c x b a p loss, ...)
+    a valid order: x a b p c loss
 
 Go down to the parents first, and write a node down on the way **back**. Recursion says that in three lines, and breaks
 on a graph deeper than Python's stack. So keep a stack of your own, of pairs: (node, False) means "look at its parents",
-(node, True) means "all parents are written down, now write this one".
+(node, True) "its parents are written down, now write this one".
 
-**Build** it. Nodes here are anything hashable, and `parents(node)` gives a list. Look at every node's parents
-once only.
+**Build** it. Nodes are anything hashable; `parents(node)` gives a list. Look at every node's parents once only.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "05-topological", "locked": false, "schema_version": 3, "solution": true, "task": false}

@@ -166,8 +166,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The steep direction sets the limit, and the flat one pays: x crawls at a speed that y allows. Real losses have
-valleys much longer than this one. Can the step remember where it has been going?
+The steep direction sets the limit, and the flat one pays: x crawls at a speed that y allows. Can the step
+remember where it has been going?
 
 ## 3. Momentum
 
@@ -1011,7 +1011,10 @@ if __name__ == "__main__":
 **Exercises.** (1) Train the spirals with `SGD` at a rate just below and just above where it diverges. (2) Leave
 the correction out of `adam_update` and train: which steps suffer? (3) Give biases no decay: two `AdamW` objects
 over disjoint lists of parameters. (4) Write Lion (Chen et al. 2023) as a subclass: one buffer, one sign.
+"""
 
+# %% [markdown]
+"""
 **Design note.** In mixed precision a model of P parameters keeps 2P bytes of weights and 2P of gradients, and
 then 12P bytes for the optimizer: float32 weights and Adam's two averages (Rajbhandari et al. 2020, *ZeRO*,
 section 3.1). The state, not the model, fills the memory first; so ZeRO cuts it in as many parts as there are
