@@ -66,9 +66,9 @@ def test_the_demo_runs_on_the_learners_own_cache(real_course):
     """After `tito module complete 17` the demo says so and does not put the reference in its place."""
     real_course.solve("17")
     notebook = real_course.lesson("17").notebook
-    marked = notebook.read_text(encoding="utf-8").replace(
-        "class CacheStateError(ValueError):", "MINE = 'the cache of a learner'\\n\",\n    \"class CacheStateError(ValueError):"
-    )
+    line = "class CacheStateError(ValueError):"
+    mine = "MINE = 'the cache of a learner'\\n\",\n    \""
+    marked = notebook.read_text(encoding="utf-8").replace(line, mine + line)
     assert marked != notebook.read_text(encoding="utf-8")
     notebook.write_text(marked, encoding="utf-8")
     assert real_course.tito("module", "complete", "17", timeout=600).returncode == 0
