@@ -1323,7 +1323,7 @@ ENGINE = Engine()
 
 def enable_autograd():
     """Plug the engine in: from now on gradients are recorded."""
-    plug_in(ENGINE)
+    plug_in(ENGINE, everywhere=True)
 
 
 enable_autograd()

@@ -11,6 +11,7 @@ import pytest
 
 from tinytorch.core import tensor
 from tinytorch.core.tensor import (
+    Socket,
     Tensor,
     apply,
     arange,
@@ -396,13 +397,23 @@ class TestDoor:
             apply(np.add, 1.0, 2.0)
             heard.append(len(notebook.entries))
 
-        previous = plug_in(None)
+        before, everywhere = plug_in(None), Socket.engine
+        plug_in(notebook, everywhere=True)
+        plug_in(None)
         apply(np.add, 1.0, 2.0)
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        plug_in(previous)
+        plug_in(everywhere, everywhere=True)
+        plug_in(before)
         assert heard == [1], "the other thread was unplugged as well, or this one was not"
+
+    def test_what_is_plugged_in_for_a_while_stays_in_its_thread(self, notebook):
+        """A profiler must not hear what another thread computes, also not after it was unplugged."""
+        thread = threading.Thread(target=lambda: apply(np.add, 1.0, 2.0))
+        thread.start()
+        thread.join()
+        assert notebook.entries == []
 
     def test_threads_that_unplug_leave_the_engine_in_place(self, notebook):
         first_in, first_out = threading.Event(), threading.Event()

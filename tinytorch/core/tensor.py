@@ -615,7 +615,7 @@ class Values:
 
 # %% cell 70
 class Socket(threading.local):
-    """Where an engine is plugged in, per thread; the class attribute is what a new thread finds."""
+    """Where an engine is plugged in, per thread; the class attribute is for threads that plugged nothing in."""
 
     engine = None
 
@@ -623,11 +623,11 @@ class Socket(threading.local):
 _socket = Socket()
 
 
-def plug_in(engine):
-    """Plug an engine in and return the one that was there; None unplugs, in this thread only."""
+def plug_in(engine, everywhere=False):
+    """Plug an engine in, in this thread or everywhere, and return the one that was there; None unplugs."""
     previous = _socket.engine
     _socket.engine = engine
-    if engine is not None:
+    if everywhere:
         Socket.engine = engine
     return previous
 
