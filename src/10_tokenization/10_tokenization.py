@@ -584,11 +584,11 @@ another.
 
 # %% [markdown]
 r"""
-### What `\p{L}` needs
+### What is a letter?
 
-GPT-2 writes "letter" as `\p{L}`: every character of Unicode's category L, of any script. Python's `re` has no
-`\p`, and its relatives are not the same: `[a-z]` knows no accents, and `\w` takes in digits and the
-underscore.
+GPT-2's pattern writes "letter" as `\p{L}`: every character of Unicode's category L, of any script. Python's
+`re` has no `\p`, and its relatives are not the same: `[a-z]` knows no accents, and `\w` takes in digits and
+the underscore.
 
 So we build the classes ourselves. `str.isalpha` is exactly category L; `str.isnumeric` is category N and some
 letters (a Chinese three is both); `str.isspace` is Unicode's white space and four control characters, which
