@@ -73,6 +73,7 @@ number.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "01-predict-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_bytes = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_bytes = 32 * 784 * 4
 ### END SOLUTION
@@ -193,6 +194,7 @@ Where two sizes differ and neither is 1, there is no result.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "01-predict-broadcast", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_shape = ...  (a tuple)
 ### BEGIN SOLUTION
 predicted_shape = (5, 3, 4)
 ### END SOLUTION
@@ -637,6 +639,7 @@ for a billion.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "01-predict-strides", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_strides = ...  (a tuple)
 ### BEGIN SOLUTION
 predicted_strides = (4, 16)
 ### END SOLUTION

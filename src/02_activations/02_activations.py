@@ -111,7 +111,7 @@ different from 0?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "02-predict-survivors", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number between 0 and 1
+# predicted_survivors = ...  (a number between 0 and 1)
 ### BEGIN SOLUTION
 predicted_survivors = 0.5
 ### END SOLUTION
@@ -226,7 +226,7 @@ finite in float32? (A logarithm helps: `math.log(3.4e38)`.)
 """
 
 # %% nbgrader={"grade": false, "grade_id": "02-predict-limit", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a whole number
+# predicted_limit = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_limit = 88
 ### END SOLUTION
@@ -459,7 +459,7 @@ row. Then the largest exponent is 0 and nothing can overflow.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "02-predict-share", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number between 0 and 1
+# predicted_share = ...  (a number between 0 and 1)
 ### BEGIN SOLUTION
 predicted_share = 1 / 8
 ### END SOLUTION
@@ -614,7 +614,7 @@ exp(-200)`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "02-predict-log", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_log = ...  (a number)
 ### BEGIN SOLUTION
 predicted_log = -200
 ### END SOLUTION

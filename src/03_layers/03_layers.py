@@ -97,7 +97,8 @@ how many numbers does a layer from 784 to 128 own, with its bias?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-predict-shape", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a tuple, and a whole number
+# predicted_shape = ...  (a tuple)
+# predicted_count = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_shape = (2, 5, 8)
 predicted_count = 784 * 128 + 128
@@ -230,7 +231,7 @@ norm makes up for it later.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-predict-bound", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_bound = ...  (a number)
 ### BEGIN SOLUTION
 predicted_bound = 0.1
 ### END SOLUTION
@@ -503,7 +504,7 @@ of the weight of `out` in the third block?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-predict-name", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a string
+# predicted_name = ...  (a string)
 ### BEGIN SOLUTION
 predicted_name = "blocks.2.mlp.out.weight"
 ### END SOLUTION
@@ -675,7 +676,7 @@ in eval mode. So the kept ones are multiplied by 1 / (1 - p), and the mean stays
 """
 
 # %% nbgrader={"grade": false, "grade_id": "03-predict-factor", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_factor = ...  (a number)
 ### BEGIN SOLUTION
 predicted_factor = 1.25
 ### END SOLUTION

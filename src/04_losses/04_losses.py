@@ -219,7 +219,7 @@ write `math.log`.)
 """
 
 # %% nbgrader={"grade": false, "grade_id": "04-predict-uniform", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_uniform = ...  (a number)
 ### BEGIN SOLUTION
 predicted_uniform = math.log(65)
 ### END SOLUTION
@@ -336,7 +336,7 @@ def kept_targets(logits, target, ignore_index):
 """
 
 # %% nbgrader={"grade": false, "grade_id": "04-predict-ignored", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_ignored = ...  (a number)
 ### BEGIN SOLUTION
 predicted_ignored = (0.470 + 2.079) / 3
 ### END SOLUTION
@@ -543,7 +543,7 @@ and, so that exp never sees a positive number, `log(1 + exp(x)) = max(x, 0) + lo
 """
 
 # %% nbgrader={"grade": false, "grade_id": "04-predict-logit", "locked": false, "schema_version": 3, "solution": true, "task": false}
-# a number
+# predicted_logit_loss = ...  (a number)
 ### BEGIN SOLUTION
 predicted_logit_loss = 1000
 ### END SOLUTION

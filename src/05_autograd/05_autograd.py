@@ -121,6 +121,7 @@ if __name__ == "__main__":
 """
 
 # %% nbgrader={"grade": false, "grade_id": "05-predict-runs", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_runs = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_runs = 2 * 101_770
 ### END SOLUTION
@@ -1018,6 +1019,7 @@ A Tensor may hand its slope on only when **all** of its users have delivered the
 """
 
 # %% nbgrader={"grade": false, "grade_id": "05-predict-paths", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_paths = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_paths = 2**20
 ### END SOLUTION

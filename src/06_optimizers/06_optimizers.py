@@ -126,6 +126,7 @@ Where it is below -1, y jumps from wall to wall, further each time.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-lr", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_lr = ...  (a number)
 ### BEGIN SOLUTION
 predicted_lr = 2 / 50
 ### END SOLUTION
@@ -183,6 +184,8 @@ after steps 1, 2 and 3, and which value does it approach? (The value that no lon
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-momentum", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_buffer = ...  (a list of 3 numbers)
+# predicted_limit = ...  (a number)
 ### BEGIN SOLUTION
 predicted_buffer = [1.0, 1.9, 2.71]
 predicted_limit = 10.0
@@ -653,6 +656,8 @@ gone into it so far, which is `1 - beta**step`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-first", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_moves = ...  (a list of 2 numbers)
+# predicted_factor = ...  (a number)
 ### BEGIN SOLUTION
 predicted_moves = [0.1, 0.1]
 predicted_factor = 3.16
@@ -761,6 +766,8 @@ step of Adam, and where after one of AdamW? Then **build** `shrink`, the line ab
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-decay", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_adam = ...  (a number)
+# predicted_adamw = ...  (a number)
 ### BEGIN SOLUTION
 predicted_adam = 9.9
 predicted_adamw = 9.99
@@ -839,6 +846,7 @@ step?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "06-predict-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_bytes = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_bytes = 2 * 4 * (784 * 256 + 256)
 ### END SOLUTION
