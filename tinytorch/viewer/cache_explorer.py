@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tinytorch.core.attention import attention_weights
-from tinytorch.core.autograd import no_grad
-from tinytorch.generation.kv_cache import disable_kv_cache, enable_kv_cache
+from tinytorch.generation.kv_cache import create_kv_cache, original
+from tinytorch.models.transformer import evaluating
 
 __all__ = ["CacheExplorer", "multiplications", "record_generation"]
 
@@ -67,8 +67,10 @@ def _written(before, after):
     return lists
 
 
-def record_generation(model, prompt, max_new_tokens, decode=str):
+def record_generation(model, prompt, max_new_tokens, decode=str, cache=None):
     """Generate greedily from `prompt` (a list of ids) on a cache of the student's, and note every step.
+
+    cache: an empty one for a single row, such as one whose class stands in a notebook; default: the package's KVCache.
 
     Returns a dictionary that JSON can carry: sizes, tokens (`decode` makes each id a text), and per step what was run,
     written and read, the attention weights, the bytes, and the multiplications with and without the cache.
@@ -76,24 +78,24 @@ def record_generation(model, prompt, max_new_tokens, decode=str):
     if not 1 <= len(prompt) <= model.max_seq_len - max_new_tokens or max_new_tokens < 1:
         raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit "
                          f"max_seq_len={model.max_seq_len}; at least one of each is needed")
-    attentions = [block.attention for block in model.blocks]
-    notes, was_training, ids, steps = [], model.training, list(prompt), []
+    attentions, notes, ids, steps = [block.attention for block in model.blocks], [], list(prompt), []
+    if cache is None:
+        head_dim = model.embed_dim // model.num_heads
+        cache = create_kv_cache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, head_dim)
+    if cache.seq_pos or cache.batch_size != 1:
+        raise ValueError(f"an empty cache for one row is needed, not {cache!r}")
     try:
-        for block in model.blocks:
-            block.attention = WatchedAttention(block.attention, notes)
-        model.eval()
-        cache = enable_kv_cache(model)
-        for _ in range(max_new_tokens):
-            before, start = _held(cache), cache.seq_pos
-            with no_grad():
+        for block, attention in zip(model.blocks, attentions):
+            block.attention = WatchedAttention(original(attention), notes)  # not a cache that is enabled
+        with evaluating(model), cache.attached_to(model):
+            for _ in range(max_new_tokens):
+                before, start = _held(cache), cache.seq_pos
                 logits = model(np.array([ids[start:]])).data[0, -1]
-            steps.append(_step(model, cache, before, start, notes[-model.num_layers :]))
-            ids.append(int(np.argmax(logits)))
+                steps.append(_step(model, cache, before, start, notes[-model.num_layers :]))
+                ids.append(int(np.argmax(logits)))
     finally:
-        disable_kv_cache(model)
         for block, attention in zip(model.blocks, attentions):
             block.attention = attention
-        model.train(was_training)
     return {
         "num_layers": model.num_layers, "num_heads": model.num_heads, "num_kv_heads": cache.num_heads,
         "max_seq_len": model.max_seq_len, "prompt_tokens": len(prompt),
@@ -126,9 +128,9 @@ class CacheExplorer:
         self.recording = recording
 
     @classmethod
-    def record(cls, model, prompt, max_new_tokens=24, decode=str):
+    def record(cls, model, prompt, max_new_tokens=24, decode=str, cache=None):
         """Generate and record; see `record_generation`."""
-        return cls(record_generation(model, prompt, max_new_tokens, decode))
+        return cls(record_generation(model, prompt, max_new_tokens, decode, cache))
 
     def to_html(self):
         """One self-contained page: no network, no server."""
