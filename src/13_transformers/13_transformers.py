@@ -583,6 +583,7 @@ class GPT(Module):
         check_sampling(temperature, top_k)
         given = cache is not None and cache is not self._kv_cache
         cache = cache if given else self._kv_cache
+        check_capacity(cache, ids.shape[1], max_new_tokens)
         with evaluating(self), cache.attached_to(self) if given else nullcontext():
             ids = continue_ids(self, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token, on_token)
         return like_prompt(ids, prompt)
@@ -926,6 +927,14 @@ def check_prompt(prompt, max_new_tokens, max_seq_len):
             f"{ids.shape[1] + max_new_tokens}, more than max_seq_len={max_seq_len}"
         )
     return ids.astype(np.int64 if ids.itemsize < 4 else ids.dtype)  # 8 or 16 bits may not hold what comes
+
+
+def check_capacity(cache, prompt_len, max_new_tokens):
+    """ValueError where a cache names a `capacity` that is too small; the last new token is never run."""
+    capacity, needed = getattr(cache, "capacity", None), prompt_len + max_new_tokens - 1
+    if max_new_tokens and capacity is not None and needed > capacity:
+        raise ValueError(f"a prompt of {prompt_len} tokens and max_new_tokens={max_new_tokens} run {needed} tokens, "
+                         f"and one row of the cache has room for {capacity}")
 
 
 def like_prompt(ids, prompt):

@@ -5,6 +5,7 @@ Lesson 17_memoization. Built from src/17_memoization/17_memoization.py by `tito 
 
 __all__ = [
     "random_gpt",
+    "model_to_measure",
     "profile_naive_generation",
     "token_rows",
     "kv_cache_bytes",
@@ -68,8 +69,8 @@ from tinytorch.core.attention import scaled_dot_product_attention, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.layers import Module
 from tinytorch.core.tensor import Tensor, cat, default_rng
-from tinytorch.models.transformer import GPT
-from tinytorch.profiling.profiler import MemoryTracker, measure_latency
+from tinytorch.models.transformer import GPT, evaluating
+from tinytorch.profiling.profiler import Measurement, MemoryTracker, measure_latency, time_calls
 
 
 # %% cell 4
@@ -83,19 +84,33 @@ def random_gpt(vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, max_seq_l
     return model.eval()
 
 
+def model_to_measure(model, longest):
+    """`model`, or if it is None a GPT of 4 layers, 128 wide; ValueError where it would measure something else."""
+    if model is None:
+        return random_gpt(256, 128, 4, 4, longest, num_kv_heads=4)
+    if longest > model.max_seq_len:
+        raise ValueError(f"{longest} tokens do not fit max_seq_len={model.max_seq_len}: choose shorter lengths")
+    if model._kv_cache is not None:
+        raise ValueError("the model has a cache enabled, and would never run without one: disable_kv_cache(model)")
+    return model
+
+
 def profile_naive_generation(model=None, lengths=(32, 64, 128, 256), repeats=5):
     """Measure one round of generation without a cache at several lengths; print and return (length, seconds).
 
     A round runs all tokens so far to get the logits of the last one. model: a GPT (default: 4 layers, 128 wide).
     The printed ratio compares each round with the first.
     """
-    model = random_gpt(256, 128, 4, 4, max(lengths), num_kv_heads=4) if model is None else model
-    ids = np.arange(max(lengths)) % model.vocab_size
+    model = model_to_measure(model, max(lengths))
+    ids = np.arange(max(lengths))[None] % model.vocab_size
     print("tokens so far   ms for the next token   ratio")
     rows = []
     for length in lengths:
+        def one_round(ids=ids[:, :length]):
+            return model.head(model.hidden(ids)[:, -1])
+
         with no_grad():
-            rows.append((length, measure_latency(lambda n=length: model(ids[:n]), repeats=repeats)))
+            rows.append((length, measure_latency(one_round, repeats=repeats)))
         print(f"{length:>13} {1e3 * rows[-1][1]:>23.2f} {rows[-1][1] / rows[0][1]:>7.1f}")
     return rows
 
@@ -238,8 +253,9 @@ def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
     needed = (batch_size, num_heads, "T >= 1", head_dim)
     if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
         raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
-    with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
-        array = array.astype(dtype, copy=False)
+    if array.dtype != dtype:
+        with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
+            array = array.astype(dtype)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
     return array
@@ -266,8 +282,8 @@ class CacheLedger:
     """Which tokens are committed and which are pending. It counts; it holds no arrays.
 
     lengths: committed tokens per row. The open pass: `written`, the layers that have written it (none: no pass is
-    open), `n_new`, what it adds to each row, `seq_len`, the width T of its chunk, and `failed`: an update was refused
-    for its data, so the pass may be started anew.
+    open), `n_new`, what it adds to each row, `seq_len`, the width T of its chunk, and `failed`, layers whose update
+    was refused for its data: until they come again, the pass may be started anew.
     """
 
     def __init__(self, batch_size):
@@ -276,7 +292,7 @@ class CacheLedger:
 
     def close_pass(self):
         """Forget the open pass."""
-        self.n_new, self.seq_len, self.written, self.failed = [0] * len(self.lengths), 0, set(), False
+        self.n_new, self.seq_len, self.written, self.failed = [0] * len(self.lengths), 0, set(), set()
 
     def claim(self, layer_idx, n_new, seq_len):
         """Let one layer write: it opens a pass or joins the open one, once, with the tokens of the others."""
@@ -314,7 +330,11 @@ class KVStore:
         self.dtype, self.strict, self._tracker = storage_dtype(dtype), bool(strict), tracker
         size = self.config.calculate_size()
         self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
-        self._make_store()
+        try:
+            self._make_store()
+        except MemoryError:  # within the tracker's limit, and yet more than the machine has
+            self._release()
+            raise
         self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
 
     def _make_store(self):
@@ -337,7 +357,7 @@ class KVStore:
 
     @property
     def capacity(self):
-        """Tokens that one row can hold."""
+        """Tokens that one row can be given (a cache that makes room by itself would say None)."""
         return self.max_seq_len
 
     @property
@@ -353,11 +373,14 @@ class KVStore:
 
     def close(self):
         """Give the memory back, to the tracker as well: a cache without room. A second call does nothing."""
+        self._release()
+        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
+        self._make_store()
+
+    def _release(self):
         allocation, self._allocation = self._allocation, None
         if allocation is not None:
             allocation.close()
-        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
-        self._make_store()
 
     def __enter__(self):
         return self
@@ -408,6 +431,9 @@ class CacheRows:
         twin._ledger.lengths = self.seq_lens
         return twin
 
+    def __copy__(self):
+        return self.clone()  # two caches on one store would overwrite each other
+
     def __deepcopy__(self, memo):
         return self.clone()
 
@@ -428,8 +454,15 @@ class KVCache(KVStore, CacheRows):
     that raises changes nothing. What is not a token is zero, in every layer and slot. num_heads counts the heads
     that are stored (num_kv_heads). For inference only: no gradient flows into the cache or out of it.
 
+    dtype=float16 halves the bytes and costs time: NumPy has no half arithmetic, so attention converts the slots
+    that it reads to float32, one layer's keys and then its values, at every step.
+
     A pass that failed: abandon() drops what is pending. So does the next update of a layer that was already
-    written, if an update was refused for its data in between; without that, a second update is CacheStateError.
+    written, if the pass stopped at an update that was refused for its data; else it is a CacheStateError.
+
+    Threads: different layers may be updated at the same time, for each writes a part of the store that is its own.
+    Whatever concerns all layers (advance, abandon, reset, truncate, rollback, reorder, clone, close) is called
+    between passes, when no update is running.
 
     >>> cache = KVCache(batch_size=1, max_seq_len=8, num_layers=1, num_heads=2, head_dim=4)
     >>> key, value, pos = cache.update(0, np.ones((1, 2, 3, 4)), np.ones((1, 2, 3, 4)))
@@ -517,17 +550,20 @@ class KVCache(KVStore, CacheRows):
     def _accept(self, layer_idx, key, value, n_new):
         """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
         ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
+        layer = None
         try:
-            layer_idx = self._layer(layer_idx)
+            layer = self._layer(layer_idx)
             key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
             n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
         except ValueError:
-            ledger.failed = bool(ledger.written)  # the open pass will not be finished: it may be started anew
+            if ledger.written:
+                ledger.failed.add(layer)
             raise
-        if ledger.failed and layer_idx in ledger.written:
-            self.abandon()
-        ledger.claim(layer_idx, n_new, key.shape[2])
-        return layer_idx, key, value, n_new
+        if ledger.failed and layer in ledger.written:
+            self.abandon()  # the pass stopped half-way: a new one begins
+        ledger.claim(layer, n_new, key.shape[2])
+        ledger.failed.discard(layer)
+        return layer, key, value, n_new
 
     def _layer(self, layer_idx):
         if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
@@ -544,8 +580,17 @@ class StandIn(Module):
     """A part of a model that stands in for another: the same parameters under the same names, the same attributes."""
 
     def __init__(self, part, cache, n_new=None):
-        self.part, self.cache, self.n_new = part, cache, n_new
-        self.training = part.training
+        self.part, self.cache, self.n_new, self.owner = part, cache, n_new, {}
+        self.training = getattr(part, "training", False)
+
+    @property
+    def training(self):
+        """The mode of the whole model, where we are in one: a single frozen block may be in another mode than it."""
+        return getattr(self.owner["model"], "training", False) if self.owner else self._training
+
+    @training.setter
+    def training(self, mode):
+        self._training = mode
 
     def named_parameters(self, prefix=""):
         return self.part.named_parameters(prefix)
@@ -583,6 +628,7 @@ class CachedAttention(StandIn):
         positions = self.positions(x)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
+        visible = None if visible.all() else visible  # a mask that hides nothing only costs time
         return self.part.merge(self.part.attend(query, key, value, visible))
 
 
@@ -601,7 +647,10 @@ class CountingPositions(StandIn):
 
 
 class CommittingNorm(StandIn):
-    """The norm after the last block. A cached forward pass ends here: all layers have written, commit."""
+    """The norm after the last block. A cached forward pass ends here: all layers have written, commit.
+
+    What the model does afterwards (the head) needs no cache. If it fails there, the tokens are stored: rollback(n).
+    """
 
     def forward(self, x):
         if self.training:
@@ -638,6 +687,11 @@ def require_parts(model):
     """AttributeError that names everything that the model lacks for a cache."""
     needed = ("embed_dim", "num_layers", "num_heads", "max_seq_len", "blocks", "position_embedding", "norm")
     missing = [name for name in needed if not hasattr(model, name)]
+    for index, block in enumerate(getattr(model, "blocks", ())):
+        attention = f"blocks[{index}].attention"
+        parts = [f"{attention}.{name}" for name in ("project", "attend", "merge")
+                 if not hasattr(getattr(block, "attention", None), name)]
+        missing += parts if hasattr(block, "attention") else [attention]
     if missing:
         raise AttributeError(f"{type(model).__name__} cannot take a KV cache, it lacks: {', '.join(missing)}")
 
@@ -648,6 +702,8 @@ def attach(model, cache, n_new=None):
     if len(model.blocks) != cache.num_layers:
         raise ValueError(f"the model has {len(model.blocks)} blocks, the cache {cache.num_layers} layers")
     parts = end_parts(model, cache, n_new) + attention_parts(model, cache, n_new)
+    for *_, part in parts:
+        part.owner["model"] = model  # in a dict: a module among the attributes would be walked, round and round
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
     put_parts(parts)
     return replaced
@@ -664,7 +720,8 @@ def attached(model, cache, n_new=None):
     """Within the block the model runs on `cache`; afterwards its very same parts are back.
 
     n_new: valid tokens per row of the one padded chunk that is run in the block. A block that is left by an
-    exception drops what is pending.
+    exception (also by Ctrl-C) drops what is pending. The parts are the model's own, so one model runs one pass at a
+    time, in one thread.
     """
     replaced = attach(model, cache, n_new)
     try:
@@ -689,16 +746,20 @@ def enable_kv_cache(model=None, *sizes, **options):
     first cache. Inference only: in training mode the cache is bypassed, and keys and values carry no gradients.
     Called with the sizes of create_kv_cache instead of a model, it forwards to it.
     """
-    if model is None or isinstance(model, (int, np.integer)):
-        return create_kv_cache(*([] if model is None else [model]), *sizes, **options)
-    if sizes:
+    if sizes and hasattr(model, "blocks"):
         raise TypeError("the sizes come from the model; options are given by name, for example batch_size=2")
+    if sizes or isinstance(model, (int, np.integer)) or (model is None and "max_seq_len" in options):
+        return create_kv_cache(*([] if model is None else [model]), *sizes, **options)
     require_parts(model)
     found = dict(batch_size=1, max_seq_len=model.max_seq_len, num_layers=model.num_layers,
                  num_heads=getattr(model, "num_kv_heads", model.num_heads),
                  head_dim=model.embed_dim // model.num_heads)
     cache = create_kv_cache(**{**found, **options})
-    attach(model, cache)  # in the place of an earlier cache, if there was one
+    try:
+        attach(model, cache)  # in the place of an earlier cache, if there was one
+    except Exception:
+        cache.close()  # the model was refused: nobody else holds this cache, so its bytes go back
+        raise
     model._kv_cache, model._cache_enabled = cache, True
     return cache
 
@@ -729,23 +790,21 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
     """Run a prompt into the cache, `chunk` tokens at a time; return the logits (B, T, V) of one full forward.
 
     ids (B, T) or (T,). n_new: the valid tokens of each row of a right-padded batch; the logits of padding mean
-    nothing. A prompt that does not fit raises before any of it is run. Eval mode and no gradients inside.
+    nothing. A prompt that does not fit raises before any of it is run; if a chunk fails later, those before it stay
+    stored. Eval mode and no gradients inside; each part's own mode comes back.
     """
     ids = np.atleast_2d(ids.data if isinstance(ids, Tensor) else np.asarray(ids))
+    if ids.ndim != 2 or ids.size == 0:
+        raise ValueError(f"a prompt has shape (T,) or (B, T) and at least one token, got {ids.shape}")
     seq_len = ids.shape[1]
     counts = per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size)
     if max(counts) > seq_len:
         raise ValueError(f"n_new {counts} counts more tokens than ids has ({seq_len})")
     if cache.window is None:  # a window makes its own room
-        check_room(cache.seq_lens, counts, cache.capacity)
+        check_room(cache.seq_lens, counts, min(cache.capacity, model.max_seq_len))
     chunk = seq_len if chunk is None else whole_number("chunk", chunk)
-    was_training = model.training
-    model.eval()
-    try:
-        with no_grad():
-            return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
 
 
 # %% cell 66
@@ -768,7 +827,7 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
     their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
     max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
     """
-    model = random_gpt(256, 128, 4, 4, max(lengths) + max_new_tokens, 4) if model is None else model
+    model = model_to_measure(model, max(lengths) + max_new_tokens)
     cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
     print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
     rows = []
@@ -776,13 +835,17 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
         prompt = [i % model.vocab_size for i in range(length)]
         ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
                 True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
-        seconds = {cached: measure_latency(run, warmup=1, repeats=repeats) for cached, run in ways.items()}
+        same, runs = ways[False]() == ways[True](), {False: [], True: []}  # that was the warm-up, too
+        for _ in range(repeats):
+            for cached, run in ways.items():
+                runs[cached] += time_calls(run, warmup=0, repeats=1)
+        seconds = {cached: Measurement(times) for cached, times in runs.items()}
         flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
         rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
                      "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
                      "gflops_without": flops[False] / seconds[False] / 1e9,
                      "gflops_with": flops[True] / seconds[True] / 1e9,
-                     "same_tokens": ways[False]() == ways[True]()})
+                     "same_tokens": same})
         row = rows[-1]
         print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
               f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
@@ -875,7 +938,7 @@ class LayerKVCache:
 
     def update(self, k, v, n_new=None):
         """Append T tokens, k and v (B, H, T, D), at each row's own length. A full row: ValueError, nothing written."""
-        sizes, lengths = (self.batch_size, self.num_heads, self.head_dim, self.dtype), self._lengths()
+        sizes, lengths = (self.batch_size, self.num_heads, self.head_dim, self.dtype), self.row_lengths()
         k, v = check_tokens("k", k, *sizes), check_tokens("v", v, *sizes)
         n_new = check_chunk(k, v, n_new, lengths, self.max_seq_len)
         write_tokens(self.k_cache, k, lengths, n_new)
@@ -886,7 +949,7 @@ class LayerKVCache:
         """Keys and values of one row: (H, len, D) each, read-only views."""
         if whole_number("row", row, least=0) >= self.batch_size:
             raise ValueError(f"row {row} is beyond the last, {self.batch_size - 1}")
-        views = [array[row, :, : self._lengths()[row]] for array in (self.k_cache, self.v_cache)]
+        views = [array[row, :, : self.row_lengths()[row]] for array in (self.k_cache, self.v_cache)]
         for view in views:
             view.flags.writeable = False
         return tuple(views)
@@ -900,8 +963,9 @@ class LayerKVCache:
         """Bytes of both arrays."""
         return self.k_cache.nbytes + self.v_cache.nbytes
 
-    def _lengths(self):
-        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)  # anybody may have assigned to it
+    def row_lengths(self):
+        """`seq_lens`, looked at: anybody may have assigned to it."""
+        lengths = per_row("seq_lens", self.seq_lens, self.batch_size)
         if max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens {lengths} are longer than max_seq_len={self.max_seq_len}")
         return lengths
@@ -929,8 +993,9 @@ def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     they belong to the layer's four weights and are not used again.
     """
     x = np.asarray(query_input.data if isinstance(query_input, Tensor) else query_input)
-    batch_size, seq_len, _ = x.shape
-    lengths = per_row("seq_lens", cache.seq_lens, cache.batch_size)
+    if x.ndim != 3:
+        raise ValueError(f"query_input has shape {x.shape}, needed (batch, tokens, embed_dim)")
+    (batch_size, seq_len, _), lengths = x.shape, cache.row_lengths()
     if batch_size != cache.batch_size or min(lengths) < seq_len:
         raise ValueError(f"{batch_size} rows of {seq_len} queries: the cache must hold them, it has lengths {lengths}")
     query = (x @ np.asarray(w_q)).reshape(batch_size, seq_len, -1, cache.head_dim).swapaxes(1, 2)  # (B, H, T, D)
@@ -944,10 +1009,12 @@ class IncrementalDecoder:
     """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 
     def __init__(self, d_model, num_heads, num_layers, max_seq_len, vocab_size, rng=None):
+        sizes = dict(d_model=d_model, num_heads=num_heads, num_layers=num_layers, max_seq_len=max_seq_len,
+                     vocab_size=vocab_size)
+        for name, value in sizes.items():
+            setattr(self, name, whole_number(name, value))
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model} does not divide into num_heads {num_heads} equal heads")
-        self.d_model, self.num_heads, self.num_layers = d_model, num_heads, num_layers
-        self.max_seq_len, self.vocab_size = max_seq_len, vocab_size
         rng = default_rng() if rng is None else rng
 
         def matrix(*shape):
@@ -968,16 +1035,33 @@ class IncrementalDecoder:
         """Run the next tokens, ids (B, T) or (B,), through all layers: logits (B, vocab_size) of the last one.
 
         is_prefill marks the call that brings a prompt. Prompt and single token take the same path, so a prefill
-        equals the same tokens one by one. A row without room: ValueError before any layer has stored a token.
+        equals the same tokens one by one. A call that raises leaves the lengths of all caches as they were.
         """
         caches = self.caches if caches is None else caches
-        ids = np.asarray(ids)
-        ids = ids if ids.ndim == 2 else ids.reshape(caches[0].batch_size, -1)
-        lengths, (batch_size, seq_len) = list(caches[0].seq_lens), ids.shape
-        check_room(lengths, [seq_len] * batch_size, self.max_seq_len)
-        x = self.token_table[ids] + self.position_table[next_positions(lengths, [seq_len] * batch_size, seq_len)]
-        for cache, (w_q, w_k, w_v, w_o) in zip(caches, self.layers):
-            heads = (batch_size, seq_len, self.num_heads, -1)
-            cache.update((x @ w_k).reshape(heads).swapaxes(1, 2), (x @ w_v).reshape(heads).swapaxes(1, 2))
-            x = x + multi_head_attention_with_cache(x, cache, w_q, w_k, w_v, w_o)
+        ids, lengths = self._checked(ids, caches[0].batch_size), caches[0].row_lengths()
+        n_new = [ids.shape[1]] * len(ids)
+        check_room(lengths, n_new, self.max_seq_len)
+        before = [list(cache.seq_lens) for cache in caches]
+        x = self.token_table[ids] + self.position_table[next_positions(lengths, n_new, ids.shape[1])]
+        try:
+            for cache, weights in zip(caches, self.layers):
+                x = x + self._attend(x, cache, *weights)
+        except BaseException:
+            for cache, seq_lens in zip(caches, before):
+                cache.seq_lens = seq_lens
+            raise
         return x[:, -1] @ self.head
+
+    def _attend(self, x, cache, w_q, w_k, w_v, w_o):
+        heads = (*x.shape[:2], self.num_heads, -1)
+        cache.update((x @ w_k).reshape(heads).swapaxes(1, 2), (x @ w_v).reshape(heads).swapaxes(1, 2))
+        return multi_head_attention_with_cache(x, cache, w_q, w_k, w_v, w_o)
+
+    def _checked(self, ids, batch_size):
+        ids = np.asarray(ids.data if isinstance(ids, Tensor) else ids)
+        ids = ids[:, None] if ids.ndim == 1 else ids  # one token per row
+        if ids.ndim != 2 or len(ids) != batch_size or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids are whole numbers (B, T) or (B,) with B = {batch_size}, got {ids.dtype} {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"ids run from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+        return ids
