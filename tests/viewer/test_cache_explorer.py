@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinytorch.core.autograd import no_grad
-from tinytorch.generation.kv_cache import enable_kv_cache
+from tinytorch.generation.kv_cache import KVCache, enable_kv_cache
 from tinytorch.models.transformer import GPT
 from tinytorch.viewer.cache_explorer import NOT_VISIBLE, CacheExplorer, multiplications
 
@@ -48,6 +48,14 @@ def test_each_step_equals_the_cache_of_a_run_by_hand(model, explorer):
         assert step["tokens_cached"] == cache.seq_pos and step["rows"] == len(new)
         assert step["used_bytes"] == 2 * L * H_KV * D * 4 * cache.seq_pos
         assert step["written"] == [[new] * H_KV] * L
+
+
+def test_a_given_cache_is_recorded_and_must_be_empty(model, explorer):
+    cache = KVCache(1, 32, L, H_KV, D)
+    recorded = CacheExplorer.record(model, PROMPT, NEW, cache=cache).recording
+    assert recorded == explorer.recording and cache.seq_pos == len(PROMPT) + NEW - 1
+    with pytest.raises(ValueError, match="empty cache"):
+        CacheExplorer.record(model, PROMPT, NEW, cache=cache)
 
 
 def test_weights_are_a_distribution_over_the_cached_positions(explorer):
