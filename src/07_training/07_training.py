@@ -149,6 +149,7 @@ After it, with `done` going from 0 to 1 between `warmup_steps` and `total_steps`
 """
 
 # %% nbgrader={"grade": false, "grade_id": "07-predict-rate", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_rates = ...  (a list of 3 numbers)
 ### BEGIN SOLUTION
 predicted_rates = [1.0, 0.6, 0.2]
 ### END SOLUTION
@@ -233,6 +234,8 @@ length: **all** gradients together are one long vector, and all are scaled by on
 """
 
 # %% nbgrader={"grade": false, "grade_id": "07-predict-clip", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_first = ...  (a list of 2 numbers)
+# predicted_second = ...  (a list of 1 number)
 ### BEGIN SOLUTION
 predicted_first = [0.6, 0.0]
 predicted_second = [0.8]
@@ -249,6 +252,7 @@ without a temporary.
 #| export
 def clip_grad_norm(parameters, max_norm):
     """Scale all gradients in place so that their common norm is at most max_norm; returns the norm before."""
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [p.grad.data for p in parameters if p.grad is not None]
     ### BEGIN SOLUTION
     norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
@@ -362,6 +366,7 @@ divide by zero where no batch comes.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "07-predict-mean", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_mean = ...  (a number)
 ### BEGIN SOLUTION
 predicted_mean = 2.0
 ### END SOLUTION
@@ -434,6 +439,7 @@ bytes, so that every library can read it.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "07-predict-offsets", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_offsets = ...  (a list of 2 numbers)
 ### BEGIN SOLUTION
 predicted_offsets = [24, 32]
 ### END SOLUTION
@@ -729,6 +735,7 @@ each.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "07-predict-parts", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# changes_losses = {"optimizer": ..., "step": ..., "random": ..., "losses": ...}  (True or False each)
 ### BEGIN SOLUTION
 changes_losses = {"optimizer": True, "step": True, "random": True, "losses": False}
 ### END SOLUTION

@@ -57,6 +57,7 @@ exactly.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "14-predict-parameters", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_parameters = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_parameters = 64 * 256 + 256
 ### END SOLUTION
@@ -113,6 +114,7 @@ that they cost time all the same.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "14-predict-flops", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_flops = ...  (a whole number)
 ### BEGIN SOLUTION
 predicted_flops = 2 * (2 * 32 * 256) * 64
 ### END SOLUTION
@@ -331,6 +333,7 @@ slow call cannot move.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "14-predict-median", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_median, predicted_mean = ..., ...  (numbers)
 ### BEGIN SOLUTION
 predicted_median, predicted_mean = 10, 20
 ### END SOLUTION
@@ -516,6 +519,8 @@ alive. And how many bytes does evaluation keep?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "14-predict-memory", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_training = ...  (bytes)
+# predicted_evaluation = ...  (bytes)
 ### BEGIN SOLUTION
 predicted_training = 4 * 64 * (1024 + 1024 + 256)
 predicted_evaluation = 4 * 64 * 256
@@ -554,6 +559,7 @@ handle; closing the handle gives the bytes back.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "14-predict-peak", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_current, predicted_peak = ..., ...  (bytes)
 ### BEGIN SOLUTION
 predicted_current, predicted_peak = 130, 150
 ### END SOLUTION

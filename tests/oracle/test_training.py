@@ -138,3 +138,13 @@ def test_the_whole_loop():
         expected.append(loss.item())
     assert len(losses) == 50
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+def test_one_tensor_is_clipped_as_pytorch_clips_it():
+    """PyTorch takes a single tensor in place of a list; so do we."""
+    ours, theirs = Tensor([3.0, 4.0], requires_grad=True), torch.tensor([3.0, 4.0], requires_grad=True)
+    (ours * ours).sum().backward()
+    (theirs * theirs).sum().backward()
+    norm = clip_grad_norm(ours, 1.0)
+    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 1.0)))
+    np.testing.assert_allclose(ours.grad.numpy(), theirs.grad.numpy(), rtol=1e-6)

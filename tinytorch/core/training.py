@@ -105,6 +105,7 @@ class CosineSchedule:
 # %% cell 19 (07-clip)
 def clip_grad_norm(parameters, max_norm):
     """Scale all gradients in place so that their common norm is at most max_norm; returns the norm before."""
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [p.grad.data for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
     scale = max_norm / (norm + 1e-6)
