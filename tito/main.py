@@ -152,7 +152,7 @@ def demo(
 
     if quick and train:
         raise CourseError("--quick and --train exclude each other.", "Choose one.")
-    return job.run_demo(_course(), prompt or job.PROMPT, tokens, train, steps, checkpoint)
+    return job.run_demo(_course(), job.PROMPT if prompt is None else prompt, tokens, train, steps, checkpoint)
 
 
 @app.command()

@@ -121,6 +121,7 @@ def test_another_seed_makes_another_text(real_course):
         (["explore", "attention"], "nothing to explore"),
         (["explore", "kv-cache", "--tokens", "300"], "max_seq_len=256"),
         (["demo", "--quick", "--train"], "exclude each other"),
+        (["demo", "--checkpoint", "none.safetensors"], "There is no checkpoint"),
     ],
 )
 def test_wrong_input_gets_one_clear_sentence(real_course, arguments, words):

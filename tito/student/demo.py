@@ -48,6 +48,8 @@ def run_demo(
     Returns the exit code: 0 only if the lesson was completed and both texts are the same.
     """
     out = out or course.root / "out"
+    if checkpoint and not train:
+        _require(checkpoint)  # now, not after a minute; and a mistyped name is no wish to train
     with tempfile.TemporaryDirectory(prefix="tito-demo-") as folder:
         scratch = copy_course(course, Path(folder) / "course")
         code = play_the_student(course, course.lesson(CACHE_LESSON), scratch)
@@ -83,14 +85,19 @@ def run_generate(
     seed: int | None = None,
 ) -> int:
     """Continue `prompt` on the learner's package; returns the exit code."""
-    checkpoint = checkpoint or CHECKPOINT
-    if not checkpoint.is_file():
-        raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")
+    checkpoint = _require(checkpoint or CHECKPOINT)
     arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]
     arguments += ["--temperature", str(temperature)] + ([] if cache else ["--no-cache"])
     arguments += [] if top_k is None else ["--top-k", str(top_k)]
     arguments += [] if seed is None else ["--seed", str(seed)]
     return run_job("generate", course.root, arguments)
+
+
+def _require(checkpoint: Path) -> Path:
+    """`checkpoint`, or a CourseError where there is no such file."""
+    if not checkpoint.is_file():
+        raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")
+    return checkpoint
 
 
 def copy_course(course: Course, to: Path) -> Path:
