@@ -21,8 +21,10 @@ read by every later token. At the end the GPT of lesson 13 generates the same to
 faster.
 
 **Needs** lessons 01, 03, 05, 12, 13 and 14. **Exported** to `tinytorch.generation.kv_cache`. **Time** 90 minutes.
+Long cells without a hole are given: read their docstrings, come back for the rest.
 
-A cache is for **inference only**: what is stored carries no gradients. Section 15 shows what that means.
+> **For inference only.** What is stored carries no gradients. Section 15 shows what goes wrong in training, and
+> what your parts do about it.
 """
 
 # %%
@@ -43,12 +45,48 @@ from tinytorch.core.tensor import Tensor, cat, default_rng
 from tinytorch.models.transformer import GPT, evaluating
 from tinytorch.profiling.profiler import Measurement, MemoryTracker, measure_latency, time_calls
 
+# %%
+# Given, and not part of the package: what the checks below use.
+def error_of(run, kind=ValueError):
+    """The message of the error that `run()` raises; "" when it raises none."""
+    try:
+        run()
+    except kind as error:
+        return str(error)
+    return ""
+
+
+def chunk_of(seq_len, seed=0, shape=(2, 2, 4)):
+    """Keys and values (B, H, T, D) that are all different; shape is (B, H, D)."""
+    batch_size, num_heads, head_dim = shape
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, batch_size, num_heads, seq_len, head_dim), dtype=np.float32)
+
+
+def count_rows(model, run):
+    """The token rows that really pass through the model during `run()`."""
+    rows, embedding = [], model.token_embedding
+
+    def counting(ids):
+        rows.append(np.asarray(ids).shape[-1])
+        return embedding(ids)
+
+    model.token_embedding = counting
+    try:
+        run()
+    finally:
+        model.token_embedding = embedding
+    return sum(rows)
+
 # %% [markdown]
 """
 ## 1. The cost of forgetting
 
 A GPT generates one token, appends it, and runs the whole sequence again for the next one. So each token should cost
 more than the one before. Lesson 14 taught us to measure before we believe.
+
+*Predict, before you run the second cell:* with 256 tokens so far instead of 32, the next token takes how many times
+as long?
 """
 
 # %%
@@ -99,10 +137,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Twice the length costs less than twice the time at first: there the fixed cost of some hundred NumPy calls
-rules. Then the cost follows the length.
+The last column is the answer. At first it grows more slowly than the length, for the calls into NumPy cost the same
+for any length; then about in step with it. Each token pays again for all before it.
 
-Count the work. Every forward pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and
+Count the work. A forward pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and
 4 new ones, without and with a memory:
 
     round             1        2          3            4              rows
@@ -127,39 +165,6 @@ def token_rows(prompt_len, max_new_tokens, cached):
         return prompt_len + max_new_tokens - 1
     return sum(prompt_len + i for i in range(max_new_tokens))
     ### END SOLUTION
-
-# %%
-# Not part of the package: what the checks below use.
-def error_of(run, kind=ValueError):
-    """The message of the error that `run()` raises; "" when it raises none."""
-    try:
-        run()
-    except kind as error:
-        return str(error)
-    return ""
-
-
-def chunk_of(seq_len, seed=0, shape=(2, 2, 4)):
-    """Keys and values (B, H, T, D) that are all different; shape is (B, H, D)."""
-    batch_size, num_heads, head_dim = shape
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((2, batch_size, num_heads, seq_len, head_dim), dtype=np.float32)
-
-
-def count_rows(model, run):
-    """The token rows that really pass through the model during `run()`."""
-    rows, embedding = [], model.token_embedding
-
-    def counting(ids):
-        rows.append(np.asarray(ids).shape[-1])
-        return embedding(ids)
-
-    model.token_embedding = counting
-    try:
-        run()
-    finally:
-        model.token_embedding = embedding
-    return sum(rows)
 
 # %% nbgrader={"grade": true, "grade_id": "17-count-rows-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_count_rows():
@@ -188,9 +193,11 @@ if __name__ == "__main__":
 ## 2. What never changes
 
 May we keep anything at all? In layer *l* the key and value of token *t* are made from the hidden state of token *t*
-and of nobody else. That hidden state came out of layer *l - 1*, where token *t* looked at tokens 0 .. *t*, and the
-causal mask hid all that came later. So a new token cannot change them, in any layer. Let us look: keys of six
-tokens, computed alone and computed again with a seventh behind them.
+and of nobody else. That state came out of layer *l - 1*, where token *t* looked at tokens 0 .. *t*, and the causal
+mask hid all that came later. So a new token cannot change them, in any layer.
+
+*Predict:* we compute the keys of six tokens, and again with a seventh behind them. In which of the three layers do
+the six old keys change with the causal mask, and in which without it?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-measure-keys", "locked": true, "schema_version": 3, "solution": false, "task": false}
@@ -219,16 +226,13 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-With the mask, rounding at most. Without it, the old keys move: a model that looks both ways cannot be cached
+With the mask, rounding at most. Without it the old keys move: a model that looks both ways cannot be cached
 like this.
 
 *Look back.* Why does layer 0 not change even without the mask? (Its keys are made from the embeddings, before any
-token has looked at another.) And why do we keep keys and values, but not queries? (The query of token *t* asks one
-question, in the round of token *t*. The later rounds ask with their own. Only keys and values are read again.)
-"""
+token has looked at another.) And why keep keys and values, but not queries? (The query of token *t* asks one
+question, in the round of token *t*. Later rounds ask with their own. Only keys and values are read again.)
 
-# %% [markdown]
-"""
 ## 3. Bytes
 
 Memory is the price. One token leaves, in each layer, one key and one value for each key-value head, D numbers each:
@@ -237,11 +241,13 @@ Memory is the price. One token leaves, in each layer, one key and one value for 
     layer 1   key   [ H_kv x D ]    value [ H_kv x D ]
     ...
 
-Predict first. GPT-2 has 12 layers, 12 heads of 64 numbers, and we store float16 (2 bytes). How many bytes does one
+*Predict.* GPT-2 has 12 layers and 12 heads of 64 numbers; we store float16 (2 bytes). How many bytes does one
 token take? And how many MiB (2**20 bytes) does its full context of 1024 tokens take?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-predict-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_token_bytes = ...
+# predicted_context_mib = ...
 ### BEGIN SOLUTION
 predicted_token_bytes = 36_864
 predicted_context_mib = 36
@@ -292,77 +298,20 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-A configuration gives the sizes their names and refuses what is not a size. `num_kv_heads`, not `num_heads`: with
-group-query attention (lesson 12) several query heads share one key-value head, and only those are stored.
-"""
-
-# %%
-#| export
-def whole_number(name, value, least=1):
-    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
-
-
-def storage_dtype(dtype):
-    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
-    try:
-        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
-            return np.dtype(dtype)
-    except TypeError:
-        pass  # not a dtype at all: the same message
-    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-
-# %%
-#| export
-@dataclass(frozen=True)
-class KVCacheConfig:
-    """The sizes of a cache, and from them its bytes, before anything is allocated.
-
-    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
-    536870912
-    """
-
-    num_layers: int
-    max_context_length: int
-    num_kv_heads: int
-    head_dim: int
-    batch_size: int = 1
-    dtype: Any = np.float16
-
-    def __post_init__(self):
-        for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
-
-    def calculate_size(self):
-        """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
-        tokens = self.batch_size * self.max_context_length
-        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
-
-
-KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
-    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
-    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
-    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
-    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
-    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
-}
-
-# %% [markdown]
-"""
 ## 4. The store
 
-One block of zeros for everything, allocated once: (L, 2, B, H_kv, S, D). A token fills one slot in each layer, key
-and value; the slot's number is the token's position in its row. Here one layer's keys, 2 rows, S = 6, and the rows
-may have different lengths:
+One block of zeros for everything, allocated once, (L, 2, B, H_kv, S, D):
+
+    | layer 0 keys | layer 0 values | layer 1 keys | layer 1 values | ...     each of these: B rows of S slots
+
+A token fills one slot in each of them; the slot's number is its position in its row. Here are one layer's keys, 2
+rows of S = 6 slots, and rows may differ in length:
 
     lengths [3, 1]     row 0   a b c . . .        write 2 and 1 new tokens:   row 0   a b c d e .
                        row 1   p . . . . .                                    row 1   p q . . . .
 
 The new tokens come as one chunk (B, H, T, D), padded on the right: row 1 brings `q` and one column of padding,
-`n_new` is [2, 1]. A write is a slice. Nothing moves, nothing grows. For row 0 alone it would be
+`n_new` is [2, 1]. A write is a slice; nothing moves, nothing grows. For row 0 alone:
 `store[0, :, 3:5] = new[0, :, :2]`.
 """
 
@@ -441,7 +390,8 @@ def slot_positions(lengths):
 # %% nbgrader={"grade": true, "grade_id": "17-slots-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_slots():
     """Oracle: the picture."""
-    pos = np.asarray(slot_positions([5, 2]))
+    pos = slot_positions([5, 2])
+    assert isinstance(pos, np.ndarray), f"got a {type(pos).__name__}, expected an array, as next_positions gives"
     assert pos.shape == (2, 5), f"got shape {pos.shape}, expected (2, 5): as many slots as the longest row has tokens"
     assert pos[0].tolist() == [0, 1, 2, 3, 4], f"row 0: got {pos[0].tolist()}, expected [0, 1, 2, 3, 4]"
     assert pos[1].tolist() == [0, 1, -1, -1, -1], f"row 1: got {pos[1].tolist()}; its last three slots are empty, -1"
@@ -492,50 +442,6 @@ def test_unit_room():
 
 if __name__ == "__main__":
     test_unit_room()
-
-# %% [markdown]
-"""
-Three more guards, given. They let nothing odd into the store: no wrong shape (NumPy would silently broadcast a
-batch of 1 into every row), no text, no NaN. Integers and float64 are cast to the storage dtype.
-"""
-
-# %%
-#| export
-def per_row(name, value, batch_size):
-    """One whole number per row, as a list; a single number counts for every row."""
-    values = value.tolist() if isinstance(value, np.ndarray) else value
-    values = list(values) if isinstance(values, (list, tuple, range)) else [values] * batch_size
-    if len(values) != batch_size:
-        raise ValueError(f"{name} needs one number for each of the {batch_size} rows, got {len(values)}")
-    return [whole_number(name, number, least=0) for number in values]
-
-
-def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
-    """`tokens` as an array (B, H, T, D) of the storage dtype, or a ValueError that says what does not fit."""
-    array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must hold numbers, got {array.dtype}")
-    needed = (batch_size, num_heads, "T >= 1", head_dim)
-    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
-        raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
-    if array.dtype != dtype:
-        with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
-            array = array.astype(dtype)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
-    return array
-
-
-def check_chunk(key, value, n_new, lengths, max_seq_len):
-    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
-    seq_len = key.shape[2]
-    if value.shape[2] != seq_len:
-        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
-    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
-    if max(n_new) > seq_len:
-        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
-    check_room(lengths, n_new, max_seq_len)
-    return n_new
 
 # %% [markdown]
 """
@@ -611,6 +517,8 @@ def test_unit_ledger():
     assert again, "layer 0 twice in one pass: got no CacheStateError; the second write would overwrite the first"
     other = error_of(lambda: ledger.claim(1, [3, 3], 3), CacheStateError)
     assert other, "layer 0 brought 2 tokens, layer 1 brings 3: got no CacheStateError, the layers disagree"
+    other = error_of(lambda: ledger.claim(1, [2, 2], 2), CacheStateError)
+    assert other, "layer 0 brought [2, 1] tokens, layer 1 brings [2, 2]: got no CacheStateError; compare n_new too"
     ledger.claim(1, [2, 1], 2)
     assert ledger.lengths == [0, 0], f"before commit: got {ledger.lengths}, expected [0, 0]; pending is not stored"
     ledger.commit()
@@ -633,13 +541,107 @@ if __name__ == "__main__":
 """
 ## 6. The cache
 
-Now the parts come together. Two cells are given. `KVStore` holds the memory: one array for all layers, allocated
-once, counted by lesson 14's `MemoryTracker` where one is passed. `_readable` is the same memory under a second name
-that cannot be written to; whatever is handed out is sliced from it, so reading costs no copy, and no caller changes
-the cache by accident. `CacheRows` edits what is stored, with two functions that you will build in section 14.
+Now the parts come together. Five cells are given:
 
-    store (L, 2, B, H_kv, S, D)      | layer 0 keys | layer 0 values | layer 1 keys | layer 1 values | ...
+* *Guards* let nothing odd in: no wrong shape (NumPy would broadcast a batch of 1 into every row), no text, no NaN.
+* `KVCacheConfig` gives the sizes their names. `num_kv_heads`, not `num_heads`: where query heads share a key-value
+  head (lesson 12), only those are stored.
+* `KVStore` owns the memory. `_readable` is the same memory under a second name that cannot be written to: what is
+  handed out is sliced from it, so that reading costs no copy and no caller changes the cache by accident.
+* `CacheDoor` answers questions, and lets a chunk in or refuses it.
+* `CacheRows` edits what is stored, with two functions that you will build in section 14.
 """
+
+# %%
+#| export
+def whole_number(name, value, least=1):
+    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def storage_dtype(dtype):
+    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
+    try:
+        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
+            return np.dtype(dtype)
+    except TypeError:
+        pass  # not a dtype at all: the same message
+    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+
+
+def per_row(name, value, batch_size):
+    """One whole number per row, as a list; a single number counts for every row."""
+    values = value.tolist() if isinstance(value, np.ndarray) else value
+    values = list(values) if isinstance(values, (list, tuple, range)) else [values] * batch_size
+    if len(values) != batch_size:
+        raise ValueError(f"{name} needs one number for each of the {batch_size} rows, got {len(values)}")
+    return [whole_number(name, number, least=0) for number in values]
+
+
+def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
+    """`tokens` as an array (B, H, T, D) of the storage dtype, or a ValueError that says what does not fit."""
+    array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must hold numbers, got {array.dtype}")
+    needed = (batch_size, num_heads, "T >= 1", head_dim)
+    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
+        raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
+    if array.dtype != dtype:
+        with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
+            array = array.astype(dtype)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
+    return array
+
+
+def check_chunk(key, value, n_new, lengths, max_seq_len):
+    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
+    seq_len = key.shape[2]
+    if value.shape[2] != seq_len:
+        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
+    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
+    if max(n_new) > seq_len:
+        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
+    check_room(lengths, n_new, max_seq_len)
+    return n_new
+
+# %%
+#| export
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """The sizes of a cache, and from them its bytes, before anything is allocated.
+
+    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
+    536870912
+    """
+
+    num_layers: int
+    max_context_length: int
+    num_kv_heads: int
+    head_dim: int
+    batch_size: int = 1
+    dtype: Any = np.float16
+
+    def __post_init__(self):
+        for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
+
+    def calculate_size(self):
+        """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
+        tokens = self.batch_size * self.max_context_length
+        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
+
+
+KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
+    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
+    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
+    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
+    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
+    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
+}
 
 # %%
 #| export
@@ -657,7 +659,7 @@ class KVStore:
         self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
         try:
             self._make_store()
-        except MemoryError:  # within the tracker's limit, and yet more than the machine has
+        except (MemoryError, ValueError):  # within the tracker's limit, and yet more than NumPy or the machine can do
             self._release()
             raise
         self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
@@ -715,6 +717,63 @@ class KVStore:
 
 # %%
 #| export
+class CacheDoor:
+    """What may be asked of a cache, and what it refuses, before anything changes."""
+
+    @property
+    def seq_lens(self):
+        """Committed tokens of each row, as a list."""
+        return list(self._ledger.lengths)
+
+    @property
+    def seq_pos(self):
+        """Committed tokens of the longest row."""
+        return max(self._ledger.lengths)
+
+    @property
+    def pending_layers(self):
+        """Layers that have written the open pass; [] when none is open."""
+        return sorted(self._ledger.written)
+
+    def positions(self, n_new, seq_len=None):
+        """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
+        n_new = per_row("n_new", n_new, self.batch_size)
+        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
+
+    def __repr__(self):
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
+                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
+        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
+
+    def _accept(self, layer_idx, key, value, n_new):
+        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
+        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
+        layer = None
+        try:
+            layer = self._layer(layer_idx)
+            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
+            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
+        except ValueError:
+            if ledger.written:
+                ledger.failed.add(layer)
+            raise
+        if ledger.failed and layer in ledger.written:
+            self.abandon()  # the pass stopped half-way: a new one begins
+        ledger.claim(layer, n_new, key.shape[2])
+        ledger.failed.discard(layer)
+        return layer, key, value, n_new
+
+    def _layer(self, layer_idx):
+        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
+            raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
+        return int(layer_idx)
+
+    def _read(self, layer_idx, num_slots):
+        key, value = self._readable[layer_idx, :, :, :, :num_slots]
+        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
+
+# %%
+#| export
 class CacheRows:
     """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
 
@@ -764,14 +823,14 @@ class CacheRows:
 
 # %% [markdown]
 """
-The cache itself is one forward pass, and two bodies are yours.
+The cache itself is one forward pass, and its first two bodies are yours.
 
-`update` is handed valid arrays (`_accept` has refused the rest and has claimed the layer). Write the keys and the
-values of *this* layer behind what each row has stored, and return a `KVView` of stored **and** new tokens: the
-newest token must see itself. `self._read(layer_idx, S)` gives the two Tensors, `slot_positions` the positions.
+`update` is handed valid arrays: `_accept` has refused the rest, and has claimed the layer in the ledger. Write the
+keys and the values of *this* layer, `self._store[layer_idx, 0]` and `[layer_idx, 1]`, behind what each row has stored.
+Return a `KVView` of stored **and** new tokens, for the newest token must see itself: `self._read(layer_idx, S)` gives
+the two Tensors, `slot_positions` the positions.
 
-`reset` makes the cache as new: no bytes, no lengths, nothing pending. (The cell is long because a class is not cut;
-its methods are short.)
+`reset` makes the cache as new: no bytes, no lengths, nothing pending. `self._ledger` is the cache's CacheLedger.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-cache", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -784,7 +843,7 @@ class KVView(NamedTuple):
     pos: Any
 
 
-class KVCache(KVStore, CacheRows):
+class KVCache(KVStore, CacheDoor, CacheRows):
     """The keys and values of every token so far, for every layer. A forward pass is a transaction.
 
     `update` writes one layer's new tokens behind the committed ones; `advance` commits them for all layers. A call
@@ -812,26 +871,6 @@ class KVCache(KVStore, CacheRows):
 
     window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
 
-    @property
-    def seq_lens(self):
-        """Committed tokens of each row, as a list."""
-        return list(self._ledger.lengths)
-
-    @property
-    def seq_pos(self):
-        """Committed tokens of the longest row."""
-        return max(self._ledger.lengths)
-
-    @property
-    def pending_layers(self):
-        """Layers that have written the open pass; [] when none is open."""
-        return sorted(self._ledger.written)
-
-    def positions(self, n_new, seq_len=None):
-        """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
-        n_new = per_row("n_new", n_new, self.batch_size)
-        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
-
     def update(self, layer_idx, key, value, n_new=None):
         """Store T >= 1 new tokens of one layer; return all that they may look at, themselves included.
 
@@ -847,6 +886,13 @@ class KVCache(KVStore, CacheRows):
         write_tokens(self._store[layer_idx, 1], value, stored, n_new)
         visible = [length + count for length, count in zip(stored, n_new)]
         return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
+        ### END SOLUTION
+
+    def reset(self):
+        """Empty again: no bytes, no lengths, nothing pending."""
+        ### BEGIN SOLUTION
+        self._store[...] = 0
+        self._ledger = CacheLedger(self.batch_size)
         ### END SOLUTION
 
     def advance(self):
@@ -872,48 +918,9 @@ class KVCache(KVStore, CacheRows):
                           for part in (key, value))
         return key, value
 
-    def reset(self):
-        """Empty again: no bytes, no lengths, nothing pending."""
-        ### BEGIN SOLUTION
-        self._store[...] = 0
-        self._ledger = CacheLedger(self.batch_size)
-        ### END SOLUTION
-
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
         return attached(model, self, n_new)
-
-    def __repr__(self):
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
-                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
-        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
-
-    def _accept(self, layer_idx, key, value, n_new):
-        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
-        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-        layer = None
-        try:
-            layer = self._layer(layer_idx)
-            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
-            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
-        except ValueError:
-            if ledger.written:
-                ledger.failed.add(layer)
-            raise
-        if ledger.failed and layer in ledger.written:
-            self.abandon()  # the pass stopped half-way: a new one begins
-        ledger.claim(layer, n_new, key.shape[2])
-        ledger.failed.discard(layer)
-        return layer, key, value, n_new
-
-    def _layer(self, layer_idx):
-        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
-            raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
-        return int(layer_idx)
-
-    def _read(self, layer_idx, num_slots):
-        key, value = self._readable[layer_idx, :, :, :, :num_slots]
-        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
 # %% nbgrader={"grade": true, "grade_id": "17-cache-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
 def test_unit_cache():
@@ -930,11 +937,13 @@ def test_unit_cache():
     expected = np.concatenate([k + 1, k2], axis=2)
     assert np.array_equal(view.key.numpy(), expected), "layer 1: these are not its keys; was the layer index ignored?"
     expected = np.concatenate([v - 1, v2], axis=2)
-    assert np.array_equal(view.value.numpy(), expected), "layer 1: these are not its values; keys in the values' place?"
+    assert np.array_equal(view.value.numpy(), expected), (
+        "layer 1: these are not its values; were they forgotten, or are keys in their place?")
     assert np.array_equal(cache.get(2)[0].numpy(), k + 2), "layer 2 changed when layer 1 was written"
     assert view.pos.tolist() == [[0, 1, 2, 3]] * 2, f"positions: got {view.pos.tolist()}, expected 0 .. 3 in both rows"
     assert np.shares_memory(view.key.numpy(), cache.get(1)[0].numpy()), "the view copies the history at every step"
     cache.reset()
+    assert not cache.pending_layers, f"after reset: layers {cache.pending_layers} are still pending; close the pass"
     assert cache.seq_pos == 0 and cache.seq_lens == [0, 0], f"after reset: lengths {cache.seq_lens}, expected [0, 0]"
     cache.update(0, k2, v2)
     cache.advance()
@@ -984,13 +993,53 @@ Lesson 12 cut attention in three: project, attend, merge. The cache goes between
     with      q, k, v = project(x)   k, v, pos = update     attend(q, k, v, visible)            merge
               x: the T new tokens    S tokens, old and new  q (B,H,T,D) against k (B,H_kv,S,D)
 
-Now queries and keys differ in number, and the mask of lesson 12 (T x T) does not fit. A mask aligned top-left
-would let the first query see one key; but the T queries are the *last* T tokens. So nobody counts indices:
-`visible_mask(query positions, key positions)` decides by position alone, `0 <= key position <= query position`.
+*Predict the shapes.* Four query heads, two key-value heads of D = 8, one row. The cache holds 5 tokens, one new token
+comes. What are the shapes of the query, of the key that `update` returns, and of the scores?
+"""
 
-Three tokens stored, two new ones:    keys     0 1 2 3 4
-                            query 3            x x x x .
-                            query 4            x x x x x
+# %% nbgrader={"grade": false, "grade_id": "17-predict-shapes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_query = (..., ..., ..., ...)
+# predicted_key = (..., ..., ..., ...)
+# predicted_scores = (..., ..., ..., ...)
+### BEGIN SOLUTION
+predicted_query = (1, 4, 1, 8)
+predicted_key = (1, 2, 6, 8)
+predicted_scores = (1, 4, 1, 6)
+### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "17-predict-shapes-test", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+def test_unit_predict_shapes():
+    """Oracle: lesson 12's projection, your cache, and NumPy's matmul."""
+    attention, cache = random_gpt().blocks[0].attention, KVCache(1, 8, 1, 2, 8)
+    for count in (5, 1):
+        query, new_key, new_value = attention.project(Tensor(np.ones((1, count, 32), np.float32)))
+        key = cache.update(0, new_key, new_value).key
+        cache.advance()
+    scores = np.repeat(key.numpy(), 2, axis=1) @ query.numpy().swapaxes(-1, -2)  # (B, H, S, T)
+    expected = (1, 4, 1, scores.shape[2])
+    assert predicted_query == query.shape, f"query: got {predicted_query}, expected {query.shape}; only new tokens ask"
+    assert predicted_key == key.shape, (
+        f"key: got {predicted_key}, expected {key.shape}: stored heads, old tokens and the new one")
+    assert predicted_scores == expected, f"scores: got {predicted_scores}, expected {expected}: per query, all keys"
+
+
+if __name__ == "__main__":
+    test_unit_predict_shapes()
+
+# %% [markdown]
+"""
+Queries and keys differ in number, and the mask of lesson 12 (T x T) does not fit. Aligned top-left it would let the
+first query see one key; but the T queries are the *last* T tokens. So nobody counts indices: `visible_mask(query
+positions, key positions)` decides by position alone, `0 <= key position <= query position`.
+
+    three stored, two new     keys       0 1 2 3 4
+                              query 3    x x x x .
+                              query 4    x x x x x
+
+A `StandIn` (given) takes the place of a part of the model. Write its forward pass for attention. In training mode it
+steps aside: return `self.part(x, mask)`, and do not touch the cache. In eval mode, the second line of the picture,
+with `self.positions(x)`, `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos,
+key_pos, self.cache.window, self.cache.sinks)`.
 """
 
 # %%
@@ -1026,14 +1075,6 @@ class StandIn(Module):
             raise ValueError(f"the batch has {batch_size} rows, the cache has batch_size={self.cache.batch_size}")
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
-# %% [markdown]
-"""
-Write the forward pass. In training mode the stand-in steps aside: it returns `self.part(x, mask)` and the cache
-is not touched (section 15 says why). In eval mode: the second line of the picture, with `self.positions(x)`,
-`self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos, key_pos,
-self.cache.window, self.cache.sinks)`.
-"""
-
 # %% nbgrader={"grade": false, "grade_id": "17-attention", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
 class CachedAttention(StandIn):
@@ -1061,7 +1102,7 @@ class CachedAttention(StandIn):
         ### END SOLUTION
 
 # %%
-# The oracle: not the code under test, nor its uncached sibling, for what both got wrong would pass. No mask at all.
+# The oracles: plain loops, no mask. What cached and uncached attention both got wrong would pass without them.
 def slow_attention(query, key, value):
     """Causal attention in plain loops, float64: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H*D)."""
     batch_size, num_heads, seq_len, head_dim = query.shape
@@ -1078,35 +1119,77 @@ def slow_attention(query, key, value):
                     output[row, t, head] += weight / sum(weights) * value[row, head // group, s]
     return output.reshape(batch_size, seq_len, -1)
 
+
+def slow_gpt(model, ids):
+    """Logits (B, T, V) of a GPT whose attention is `slow_attention`, in float64, from the weights alone."""
+    weights = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+    heads, shared, dim = model.num_heads, model.num_kv_heads, model.embed_dim // model.num_heads
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    ids = np.asarray(ids)
+    x = weights["token_embedding.weight"][ids] + weights["position_embedding.weight"][: ids.shape[1]]
+    for i in range(model.num_layers):
+        packed = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv_proj")
+        packed = packed.reshape(*ids.shape, heads + 2 * shared, dim).swapaxes(1, 2)  # (B, H + 2*H_kv, T, D)
+        mixed = slow_attention(packed[:, :heads], packed[:, heads : heads + shared], packed[:, heads + shared :])
+        x = x + linear(mixed, f"blocks.{i}.attention.out_proj")
+        hidden = gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.up_proj"))
+        x = x + linear(hidden, f"blocks.{i}.mlp.down_proj")
+    return norm(x, "norm") @ weights["token_embedding.weight"].T
+
 # %% nbgrader={"grade": true, "grade_id": "17-attention-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
+def check_pieces(attention, split, x, expected):
+    """The sequence comes in pieces; each token's output must be that of the whole."""
+    cache, start, pieces = KVCache(2, 8, 2, 2, 8), 0, []
+    for count in split:
+        piece = CachedAttention(attention, cache, 1)(x[:, start : start + count]).numpy()
+        assert piece.shape == (2, count, 32), f"{count} tokens: got shape {piece.shape}, expected {(2, count, 32)}; merge?"
+        pieces.append(piece)
+        assert cache.seq_pos == start, f"seq_pos is {cache.seq_pos}: the layer must not commit, the model does"
+        assert cache.pending_layers == [1], f"layers written: {cache.pending_layers}, expected [1], its layer_idx"
+        cache.advance()
+        start += count
+    got = np.concatenate(pieces, axis=1)
+    blind = np.allclose(got[:, 0], attention.out_proj.bias.numpy(), atol=1e-6)  # a mixture of nothing
+    assert not blind, "token 0 sees nothing at all: the newest token is hidden from itself"
+    wrong = np.flatnonzero(np.abs(got - expected).max(axis=(0, 2)) > 1e-4).tolist()
+    assert 0 not in wrong, (
+        f"pieces {split}: token 0 may see only itself and saw something else: is the mask's sign right? Are heads repeated, "
+        "not tiled?")
+    assert not wrong, f"pieces {split}: tokens {wrong} differ from the plain loops; what do they see of the past?"
+
+
 def test_unit_attention(splits=((3, 2), (1, 1, 1, 1, 1)), seed=0):
-    """Oracle: slow_attention over the whole sequence, while the cached one gets it in pieces."""
+    """Oracle: slow_attention over the whole sequence; rows of different length, each on its own."""
     attention = random_gpt(seed=seed).blocks[0].attention
+    weight, bias = attention.out_proj.weight.numpy(), attention.out_proj.bias.numpy()
+
+    def expected(x):
+        return slow_attention(*(part.numpy() for part in attention.project(x))) @ weight.T + bias
+
     x = Tensor(np.random.default_rng(seed).standard_normal((2, 5, 32), dtype=np.float32))
-    mixed = slow_attention(*(part.numpy() for part in attention.project(x)))
-    expected = mixed @ attention.out_proj.weight.numpy().T + attention.out_proj.bias.numpy()
     for split in splits:
-        cache, start, pieces = KVCache(2, 8, 2, 2, 8), 0, []
-        for count in split:
-            pieces.append(CachedAttention(attention, cache, 1)(x[:, start : start + count]).numpy())
-            start += count
-            assert cache.seq_pos == start - count, (
-                f"seq_pos is {cache.seq_pos}: the layer must not commit, the model does")
-            assert cache.pending_layers == [1], (
-                f"layers written: {cache.pending_layers}, expected [1], its layer_idx")
-            cache.advance()
-        got = np.concatenate(pieces, axis=1)
-        assert got.shape == (2, 5, 32), f"pieces {split}: got shape {got.shape}, expected (2, 5, 32)"
-        wrong = np.abs(got - expected).max(axis=(0, 2)) > 1e-4
-        assert not wrong.any(), (
-            f"pieces {split}: tokens {np.flatnonzero(wrong).tolist()} differ from the plain loops. All: is the "
-            "mask's sign right? Those after the first piece: what do they see of the past, and of themselves?")
+        check_pieces(attention, split, x, expected(x))
+    cache = KVCache(2, 8, 2, 2, 8)
+    CachedAttention(attention, cache, 1, n_new=[3, 1])(x[:, :3])
+    cache.advance()
+    got, alone = CachedAttention(attention, cache, 1)(x[:, 3:4]).numpy(), expected(x[1:, [0, 3]])
+    error = np.abs(got[1, 0] - alone[0, 1]).max()
+    assert error < 1e-4, f"row 1 holds 1 token, row 0 holds 3: row 1 is off by {error:.2f}. Count positions, not slots"
     cached = CachedAttention(attention, KVCache(2, 8, 2, 2, 8), 1)
     cached.train()
     trained = cached(x).numpy()
     assert not cached.cache.pending_layers, "training mode: the cache was written, expected the plain attention"
     assert np.array_equal(trained, attention(x).numpy()), "training mode: not the output of the plain attention"
-    attention.eval()
 
 
 if __name__ == "__main__":
@@ -1120,12 +1203,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 *Look back.* The scores of one decode step have T = 1 row and S columns. Which lines of
-`CachedAttention.forward` still cost more with every token? (Only `attend`, and it is two products of a vector
-with a matrix. The projections run on one token, whatever the history.)
-"""
+`CachedAttention.forward` still cost more with every token? (Only `attend`: two products of a vector with a matrix.
+The projections run on one token, whatever the history.)
 
-# %% [markdown]
-"""
 ## 8. Where a pass begins and ends
 
 The blocks are one half. At the start of a pass stands the position embedding: given the single token `e` it
@@ -1134,12 +1214,11 @@ would add the row for position 0, as if the sentence had just begun. It has to c
     without a cache    a b c d e     positions 0 1 2 3 4
     with a cache               e     positions         4
 
-And at the end, when all layers have written, somebody must call `advance`, once. The norm after the last block
-stands there. Two more stand-ins, and both step aside in training mode (that is given).
+And at the end, when all layers have written, somebody must call `advance`, once: the norm after the last block.
 
 `CountingPositions`: a new pass begins, so drop what a failed one may have left (`self.cache.abandon()`). Then,
-if no positions were given, take `self.positions(x)`, with padding (-1) moved to 0, and let `self.part` add
-those rows. `CommittingNorm`: the output of `self.part`, and the commit.
+if no positions were given, take `self.positions(x)`, with padding (-1) moved to 0, and let `self.part(x, positions)`
+add those rows. `CommittingNorm`: the output of `self.part`, and the commit.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-ends", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1190,6 +1269,9 @@ def test_unit_ends():
     assert np.array_equal(got[0], table[3:5]), "row 0 holds 3 tokens: the next two stand at 3 and 4"
     assert np.array_equal(got[1], table[1:3]), (
         "row 1 holds 1 token: its next two stand at 1 and 2, not where row 0 stands")
+    padded = CountingPositions(model.position_embedding, cache, n_new=[2, 1])
+    message = error_of(lambda: padded(zeros))
+    assert not message, f"row 1 brings 1 token and padding, which stands at -1: move it to 0. Got: {message}"
     ### BEGIN HIDDEN TESTS
     cache.reset()
     got = CountingPositions(model.position_embedding, cache, n_new=[2, 1])(zeros).numpy()
@@ -1218,9 +1300,9 @@ Linear by a quantized one: each stand-in holds the old part, shares its weights,
     norm                        -> CommittingNorm(norm, cache)
 
 Two things go wrong in practice: every stand-in shares one attention or one layer number, and a model that is
-joined twice gets stand-ins for stand-ins. `original` helps against the second. The rest, below, is bookkeeping:
-`attached` puts the parts in for a block of code, `enable_kv_cache` until further notice, and the very same old
-parts come back.
+joined twice gets stand-ins for stand-ins (`original` helps). The two cells behind the check are given:
+`attached` puts the parts in for a block of code, `enable_kv_cache` until further notice (**inference only**), and the
+very same old parts come back.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-join", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1369,36 +1451,9 @@ def disable_kv_cache(model):
 ## 10. Proof
 
 Does it compute the same? Two oracles. The model without a cache must give the same logits; and because cached and
-uncached share most of their code, so must a GPT written out in plain loops. Small differences are rounding: the
-products are summed in another order.
+uncached share most of their code, so must `slow_gpt`, in plain loops. Small differences are rounding: the products
+are summed in another order.
 """
-
-# %%
-def slow_gpt(model, ids):
-    """Logits (B, T, V) of a GPT whose attention is `slow_attention`, in float64, from the weights alone."""
-    weights = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
-    heads, shared, dim = model.num_heads, model.num_kv_heads, model.embed_dim // model.num_heads
-
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    ids = np.asarray(ids)
-    x = weights["token_embedding.weight"][ids] + weights["position_embedding.weight"][: ids.shape[1]]
-    for i in range(model.num_layers):
-        packed = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv_proj")
-        packed = packed.reshape(*ids.shape, heads + 2 * shared, dim).swapaxes(1, 2)  # (B, H + 2*H_kv, T, D)
-        mixed = slow_attention(packed[:, :heads], packed[:, heads : heads + shared], packed[:, heads + shared :])
-        x = x + linear(mixed, f"blocks.{i}.attention.out_proj")
-        hidden = gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.up_proj"))
-        x = x + linear(hidden, f"blocks.{i}.mlp.down_proj")
-    return norm(x, "norm") @ weights["token_embedding.weight"].T
 
 # %% nbgrader={"grade": true, "grade_id": "17-equal-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
 def test_unit_equal():
@@ -1432,14 +1487,172 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* What if the *first* token of a sequence changes? (Every later logit changes, and the cache is
-useless: all keys and values of later tokens depend on it. Try it with `layer_keys`.) That is why chat programs
+*Look back.* What if the *first* token of a sequence changes? (Every later key changes, and the cache is useless:
+compare `layer_keys(random_gpt(), np.array([[1, 2, 3]]))` with those of `[[9, 2, 3]]`.) That is why chat programs
 keep a fixed system prompt at the front, and never edit it.
+
+## 11. Speed
+
+The work we can count: per token row, two operations for each weight of the blocks, and 4 * E * S for its scores and
+its mixture over S keys; the head once per new token. If only arithmetic mattered, the ratio of the two counts would
+be the speed-up.
+
+*Predict:* will the measured speed-up be smaller than the counted one, or larger? For which prompts is the gap widest?
+"""
+
+# %%
+#| export
+def generation_flops(model, prompt_len, max_new_tokens, cached):
+    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
+    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    for i in range(max_new_tokens):
+        seq_len = prompt_len + i
+        rows = 1 if cached and i else seq_len
+        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+    return flops
+
+
+def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
+    """Measure generation with and without a cache; print and return one dict per prompt length.
+
+    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
+    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
+    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
+    """
+    model = model_to_measure(model, max(lengths) + max_new_tokens)
+    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
+    rows = []
+    for length in lengths:
+        prompt = [i % model.vocab_size for i in range(length)]
+        ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
+                True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
+        same, runs = ways[False]() == ways[True](), {False: [], True: []}  # that was the warm-up, too
+        for _ in range(repeats):
+            for cached, run in ways.items():
+                runs[cached] += time_calls(run, warmup=0, repeats=1)
+        seconds = {cached: Measurement(times) for cached, times in runs.items()}
+        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
+        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
+                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
+                     "gflops_without": flops[False] / seconds[False] / 1e9,
+                     "gflops_with": flops[True] / seconds[True] / 1e9,
+                     "same_tokens": same})
+        row = rows[-1]
+        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
+              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
+    return rows
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-speed", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    for row in analyze_kvcache_speedup():
+        rates = f"{row['gflops_without']:.1f} GFLOP/s without, {row['gflops_with']:.1f} with"
+        print(f"prompt {row['prompt_len']:>3}: {rates}")
+
+# %% [markdown]
+"""
+Where the measured speed-up stays below the count, the lower table says why: with the cache the machine does
+fewer operations *per second*. A pass over many tokens multiplies matrices: each weight, once read, serves all
+rows. A pass over one token multiplies a vector with a matrix: each weight is read for two operations, and the
+rest of the time the processor waits for memory. On top comes the fixed cost of the calls into NumPy.
+
+So a cache turns the cost **per token** from "all tokens so far, through everything" into "one token, plus
+reading the cache". The whole text still costs more than linearly: S grows in `attend`, slowly, and in both
+ways.
+
+*Look back.* When is the cache no gain? (Run `analyze_kvcache_speedup(lengths=(1, 2, 4), max_new_tokens=2)`.)
+
+## 12. Memory
+
+The price grows with layers, key-value heads, batch and length. Both functions below compute it from
+`kv_cache_bytes`. *Predict* from section 3: with 8 key-value heads in place of 32, the table shrinks by which factor?
+"""
+
+# %%
+#| export
+def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
+    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
+
+    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
+
+    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
+    36.0
+    """
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
+    total = config.calculate_size()
+    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
+            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
+
+
+def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
+                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
+    """MiB of the cache over length and batch size, as text."""
+    def cell(batch_size, seq_len):
+        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
+        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
+
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}; in MiB",
+             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
+    for seq_len in seq_lens:
+        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
+    return "\n".join(lines)
+
+
+def analyze_kvcache_memory(models=None, batch_size=1):
+    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
+
+    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
+    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
+    a list of dicts, one per model.
+    """
+    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
+    rows = []
+    for name, c in (KNOWN_MODELS if models is None else models).items():
+        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
+        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
+        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
+                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
+        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
+        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
+              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
+    for dtype in (np.float16, np.float32):
+        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
+        measured = KVCache.from_config(config).nbytes
+        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
+    return rows
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-memory", "locked": true, "schema_version": 3, "solution": false, "task": false}
+if __name__ == "__main__":
+    analyze_kvcache_memory()
+    print()
+    print(memory_growth_table())
+    print()
+    print("The same layers and heads, but 8 key-value heads:")
+    print(memory_growth_table(num_kv_heads=8))
+    print()
+    tracker, config = MemoryTracker(limit_bytes=100_000), KVCacheConfig(2, 64, 2, 16, batch_size=4)
+    with KVCache.from_config(config, tracker) as cache:
+        print(f"one cache of {cache.nbytes:,} bytes: used {tracker.by_purpose}")
+        print("a second one:", error_of(lambda: KVCache.from_config(config, tracker), MemoryError))
+    print(f"after the block: used {tracker.by_purpose}, the peak was {tracker.peak:,} bytes")
+
+# %% [markdown]
+"""
+Sharing heads pays, and an old model can learn it: Ainslie et al. (*GQA*, EMNLP 2023) average the key heads and the
+value heads of each group of a trained multi-head model, and train on with 5 % of the original compute.
+
+*Look back.* Weights are shared by all who are served; a cache belongs to one conversation. How many conversations of
+8192 tokens with Llama-3-70B fit into 80 GB beside nothing else? (`80e9 //
+KNOWN_MODELS["Llama-3-70B"].calculate_size()`.) The last three lines show how a server refuses a cache *before* memory
+runs out: lesson 14's tracker counts.
 """
 
 # %% [markdown]
 """
-## 11. Prompts and ragged rows
+## 13. Prompts and rows of different length
 
 Reading a prompt is called *prefill*: many tokens in one pass, in large matrix products. A long prompt is often
 cut in chunks, to bound the memory of its scores (T x S). The result is the same, for any size of chunk. In a
@@ -1449,7 +1662,7 @@ batch, prompts have different lengths, padded on the right; a chunk then holds, 
                                   row 1   p q . | . . .                            2 | 0
 
 Write the loop: for each chunk, the valid tokens per row, and one forward pass inside
-`attached(model, cache, n_new=valid)`. Collect the logits of every chunk.
+`with cache.attached_to(model, n_new=valid):`. Collect the logits of every chunk, as Tensors.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-prefill", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1526,188 +1739,21 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 *Look back.* The short rows' padding went through the model too, as work for nothing. What would it cost to
-prefill prompts of 5 and 500 tokens as one batch? (`token_rows` counts it: 1000 rows, of which 505 are real.
-Lesson 23 packs them better.)
+prefill prompts of 5 and 500 tokens as one batch? (Two rows of 500: `2 * token_rows(500, 1, cached=True)`, of which
+505 are real. Lesson 23 packs them better.)
 
-## 12. Speed
-
-Time to measure. The work we can count: per token row, two operations for each weight of the blocks, and 4 * E *
-S for its scores and its mixture over S keys; the head once per new token. `generation_flops` counts for both
-ways. If only arithmetic mattered, the ratio of the two counts would be the speed-up.
-"""
-
-# %%
-#| export
-def generation_flops(model, prompt_len, max_new_tokens, cached):
-    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
-    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
-    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
-    for i in range(max_new_tokens):
-        seq_len = prompt_len + i
-        rows = 1 if cached and i else seq_len
-        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
-    return flops
-
-# %%
-#| export
-def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
-    """Measure generation with and without a cache; print and return one dict per prompt length.
-
-    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
-    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
-    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
-    """
-    model = model_to_measure(model, max(lengths) + max_new_tokens)
-    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
-    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
-    rows = []
-    for length in lengths:
-        prompt = [i % model.vocab_size for i in range(length)]
-        ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
-                True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
-        same, runs = ways[False]() == ways[True](), {False: [], True: []}  # that was the warm-up, too
-        for _ in range(repeats):
-            for cached, run in ways.items():
-                runs[cached] += time_calls(run, warmup=0, repeats=1)
-        seconds = {cached: Measurement(times) for cached, times in runs.items()}
-        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
-        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
-                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
-                     "gflops_without": flops[False] / seconds[False] / 1e9,
-                     "gflops_with": flops[True] / seconds[True] / 1e9,
-                     "same_tokens": same})
-        row = rows[-1]
-        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
-              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
-    return rows
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-speed", "locked": true, "schema_version": 3, "solution": false, "task": false}
-if __name__ == "__main__":
-    for row in analyze_kvcache_speedup():
-        rates = f"{row['gflops_without']:.1f} GFLOP/s without, {row['gflops_with']:.1f} with"
-        print(f"prompt {row['prompt_len']:>3}: {rates}")
-
-# %% [markdown]
-"""
-Where the measured speed-up stays below the count, the lower table says why: with the cache the machine does
-fewer operations *per second*. A pass over many tokens multiplies matrices: each weight, once read, serves all
-rows. A pass over one token multiplies a vector with a matrix: each weight is read for two operations, and the
-rest of the time the processor waits for memory. On top comes the fixed cost of some hundred NumPy calls per
-token, the same for one row as for many.
-
-So a cache turns the cost **per token** from "all tokens so far, through everything" into "one token, plus
-reading the cache". The whole text still costs more than linearly: S grows in `attend`, slowly, and in both
-ways.
-
-*Look back.* When is the cache no gain? (Run `analyze_kvcache_speedup(lengths=(1, 2, 4), max_new_tokens=2)`.)
-"""
-
-# %% [markdown]
-"""
-## 13. Memory
-
-The price grows with everything: layers, key-value heads, batch, length. Two functions compute it, both from
-`kv_cache_bytes`; group-query attention counts by its key-value heads.
-"""
-
-# %%
-#| export
-def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
-    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
-
-    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
-
-    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
-    36.0
-    """
-    stored = num_heads if num_kv_heads is None else num_kv_heads
-    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
-    total = config.calculate_size()
-    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
-            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
-
-
-def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
-                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
-    """MiB of the cache over length and batch size, as text."""
-    def cell(batch_size, seq_len):
-        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
-        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
-
-    stored = num_heads if num_kv_heads is None else num_kv_heads
-    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}; in MiB",
-             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
-    for seq_len in seq_lens:
-        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
-    return "\n".join(lines)
-
-# %%
-#| export
-def analyze_kvcache_memory(models=None, batch_size=1):
-    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
-
-    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
-    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
-    a list of dicts, one per model.
-    """
-    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
-    rows = []
-    for name, c in (KNOWN_MODELS if models is None else models).items():
-        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
-        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
-        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
-                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
-        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
-        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
-              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
-    for dtype in (np.float16, np.float32):
-        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
-        measured = KVCache.from_config(config).nbytes
-        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
-    return rows
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-memory", "locked": true, "schema_version": 3, "solution": false, "task": false}
-if __name__ == "__main__":
-    analyze_kvcache_memory()
-    print()
-    print(memory_growth_table())
-    print()
-    print("The same layers and heads, but 8 key-value heads:")
-    print(memory_growth_table(num_kv_heads=8))
-
-# %% [markdown]
-"""
-*Look back.* Weights are shared by everybody who is served; a cache belongs to one conversation. How many
-conversations of 8192 tokens with Llama-3-70B fit into 80 GB beside nothing else? (`80e9 //
-KNOWN_MODELS["Llama-3-70B"].calculate_size()`.)
-
-A server must refuse a cache *before* memory runs out. Lesson 14's tracker counts for us:
-"""
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-tracker", "locked": true, "schema_version": 3, "solution": false, "task": false}
-if __name__ == "__main__":
-    tracker, config = MemoryTracker(limit_bytes=100_000), KVCacheConfig(2, 64, 2, 16, batch_size=4)
-    with KVCache.from_config(config, tracker) as cache:
-        print(f"one cache of {cache.nbytes:,} bytes: used {tracker.by_purpose}")
-        print("a second one:", error_of(lambda: KVCache.from_config(config, tracker), MemoryError))
-    print(f"after the block: used {tracker.by_purpose}, the peak was {tracker.peak:,} bytes")
-
-# %% [markdown]
-"""
 ## 14. Rollback and reorder
 
 A small model may guess four tokens, and the large one accept two: the other two must go (lesson 24). `truncate`
 cuts the lengths; but what about the bytes? We keep a simple promise: **what is not a token is zero**. Then a
-layer that is skipped reads zeros, and never the ghost of a forgotten token. Lengths [5, 3], cut to [3, 3]:
+layer that is skipped reads zeros, and never the ghost of a forgotten token. Lengths [5, 3], cut to [3, 3], clears
+from `starts` [3, 3] to `stops` [5, 3]; `write_tokens` is the worked sibling:
 
     row 0   a b c d e .    ->    a b c . . .
     row 1   p q r . . .    ->    p q r . . .
 
-`write_tokens` is the worked sibling. The store has all layers here: (L, 2, B, H, S, D).
-
-Beam search keeps the best of several continuations: row 0 may go on from what was row 1, and so may row 2. The
-rows of the cache move accordingly. Done row by row, in place, it fails: with [1, 0, 1], row 0 is overwritten
-before row 1 has read it.
+Beam search keeps the best of several continuations: row 0 may go on from what was row 1, and so may row 2. Done row
+by row, in place, it fails: with [1, 0, 1], row 0 is overwritten before row 1 has read it.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-rows", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1786,7 +1832,7 @@ if __name__ == "__main__":
 *Look back.* What would a rollback cost without a cache? (Nothing: there is nothing to forget. Memory of the
 past is what makes changing it a question.) And a pass that fails half-way? `abandon` is the same move, clear
 what is pending, and your `CountingPositions` calls it when the next pass begins. A check without a hole; one
-block is broken on purpose:
+block is broken on purpose.
 """
 
 # %% nbgrader={"grade": true, "grade_id": "17-failed-pass-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
@@ -1796,8 +1842,7 @@ def test_unit_failed_pass():
     cache = enable_kv_cache(model)
     model(np.array([[1, 2, 3]]))
     healthy, model.blocks[2].mlp = model.blocks[2].mlp, None
-    message = error_of(lambda: model(np.array([[4, 5]])), TypeError)
-    print(f"the pass fails ({message}): pending layers {cache.pending_layers}, stored {cache.seq_lens}")
+    assert error_of(lambda: model(np.array([[4, 5]])), TypeError), "a block without an MLP ran: got no TypeError"
     assert cache.seq_lens == [3], f"after a failed pass: lengths {cache.seq_lens}, expected [3] as before"
     model.blocks[2].mlp = healthy
     refused = error_of(lambda: model(np.array([[4]])), CacheStateError)
@@ -1854,11 +1899,170 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-## 16. Serving
+## 16. Common mistakes
+
+How would you notice one? Each mistake here replaces one of your functions by a version that looks right, and
+runs a prompt of 4 tokens and 3 single ones. None raises an error. The model still talks, only not what it should say.
+
+*Predict:* for which of them is the whole prompt still right, and only what is generated wrong?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-mistakes", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def late(right, store, new, lengths, n_new):
+    right(store, new, [length + 1 for length in lengths], n_new)
+
+
+def hides_newest(right, query_pos, key_pos, *window):
+    return right(query_pos, key_pos, *window) & (key_pos[:, None] != query_pos[..., None])
+
+
+def mask_sign(right, query_pos, key_pos, *window):
+    return ~right(query_pos, key_pos, *window)
+
+
+def top_left(right, query_pos, key_pos, *window):
+    return np.tril(np.ones((query_pos.shape[1], key_pos.shape[1]), bool))
+
+
+def restarting(right, lengths, n_new, seq_len):
+    return right([0] * len(lengths), n_new, seq_len)
+
+
+def show_mistake(name, wrong):
+    """Put `wrong` in the place of one function, run, and say what comes of it."""
+    right, model, ids = globals()[name], random_gpt(), np.arange(1, 8)[None]
+    globals()[name] = lambda *args: wrong(right, *args)
+    try:
+        enable_kv_cache(model)
+        pieces = [model(piece).numpy() for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:])]
+        errors = np.abs(np.concatenate(pieces, axis=1) - slow_gpt(model, ids)).max(axis=(0, 2))
+        print(f"{wrong.__name__:>13}: largest error of each token's logits {errors.round(1).tolist()}")
+    finally:
+        globals()[name] = right
+
+
+if __name__ == "__main__":
+    for name, wrong in [("write_tokens", late), ("visible_mask", hides_newest), ("visible_mask", mask_sign),
+                        ("visible_mask", top_left), ("next_positions", restarting)]:
+        show_mistake(name, wrong)
+
+# %% [markdown]
+"""
+`top_left` and `restarting`: a test that looks at prompts only never finds them. So section 10 compares in pieces.
+
+## 17. Pictures
+
+First the cache over time: which slots hold a token after each pass (`#` prompt, `o` generated, `.` empty), and
+the bytes in use. Then attention over the cached positions: how much the newest token of each pass looks at each key,
+head by head, in the last layer. The staircase is the cache growing by one.
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-timeline", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_cache_over_time(prompts, steps):
+    """Prefill ragged prompts, decode some steps, and draw the slots of each row after every pass."""
+    model, width = random_gpt(), max(map(len, prompts))
+    cache, lengths = KVCache(len(prompts), width + steps, 3, 2, 8), [len(prompt) for prompt in prompts]
+    ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    logits = prefill(model, ids, cache, n_new=lengths).numpy()
+    token = logits[np.arange(len(prompts)), np.array(lengths) - 1].argmax(-1)
+    for step in range(steps + 1):
+        for row, (prompt_len, length) in enumerate(zip(lengths, cache.seq_lens)):
+            slots = "#" * prompt_len + "o" * (length - prompt_len)
+            used = f"{cache.get_memory_usage()['used_bytes']:,} of {cache.nbytes:,} bytes" if row == 0 else ""
+            print(f"{'pass ' + str(step) if row == 0 else '':<8} row {row}  {slots:.<{cache.capacity}}  {used}")
+        if step < steps:
+            token = model(token[:, None], cache=cache).numpy()[:, -1].argmax(-1)
+
+
+if __name__ == "__main__":
+    show_cache_over_time([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], steps=4)
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-weights", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def cached_attention_weights(model, ids, layer_idx):
+    """Weights (T, H, T) of each newest token over the cached positions, ids (T,) run one by one; NaN: no key yet."""
+    from tinytorch.core.attention import attention_weights
+
+    cache, rows = KVCache(1, len(ids), model.num_layers, model.num_kv_heads, model.blocks[0].attention.head_dim), []
+    attention, attend = model.blocks[layer_idx].attention, type(model.blocks[layer_idx].attention).attend
+
+    def recording(query, key, value, visible):
+        weights = attention_weights(query, key, visible).numpy()[0, :, 0]  # (H, S)
+        rows.append(np.pad(weights, ((0, 0), (0, len(ids) - weights.shape[1])), constant_values=np.nan))
+        return attend(attention, query, key, value, visible)
+
+    attention.attend = recording
+    try:
+        for token in ids:
+            model(np.array([[token]]), cache=cache)
+    finally:
+        del attention.attend
+    return np.array(rows)
+
+
+def plot_attention_over_cache(weights):
+    """One panel per head: passes downwards, cached positions to the right."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: head 0 as numbers\n", weights[:, 0].round(2))
+        return
+    figure, axes = plt.subplots(1, weights.shape[1], figsize=(12, 3), sharey=True, layout="constrained")
+    for head, axis in enumerate(axes):
+        axis.imshow(weights[:, head], vmin=0, vmax=1, cmap="cividis")
+        axis.set(title=f"head {head}", xlabel="position of the key", ylabel="pass" if head == 0 else "")
+        axis.set(xticks=range(0, len(weights), 3), yticks=range(0, len(weights), 3))
+    plt.show()
+
+
+if __name__ == "__main__":
+    weights = cached_attention_weights(random_gpt(), np.arange(1, 13), layer_idx=2)
+    print("each row sums to one:", bool(np.allclose(np.nansum(weights, axis=-1), 1, atol=1e-5)))
+    plot_attention_over_cache(weights)
+
+# %% [markdown]
+"""
+The same as a page with a slider: what each step writes and reads, in which layer and head, on the cache that you
+built. `tito explore kv-cache --prompt "..." --out cache.html` writes it for a trained model and your exported package.
+
+*Look back.* With the cache, a step takes a few multiplications more than the one before. How many, and for what?
+(`2 * 3 * 32`: each of 3 layers, 32 wide, has one more key to score and one more value to mix.)
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-explorer", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def open_explorer(model, prompt, max_new_tokens=8):
+    """Record a generation on a cache of this notebook and show the page; one line where the viewer is missing."""
+    try:
+        from tinytorch.viewer.cache_explorer import CacheExplorer
+    except ImportError as error:
+        print(f"no viewer here ({error}); the pictures above show the same")
+        return
+    sizes = (1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    explorer = CacheExplorer.record(model, prompt, max_new_tokens, cache=KVCache(*sizes))
+    for number, step in enumerate(explorer.recording["steps"]):
+        print(f"step {number}: {step['rows']} rows run, {step['used_bytes']:,} bytes, multiplications "
+              f"{step['multiplications']:,}, without a cache {step['multiplications_without']:,}")
+    try:
+        from IPython.display import display
+    except ImportError:
+        return
+    display(explorer)
+
+
+if __name__ == "__main__":
+    open_explorer(random_gpt(), [1, 2, 3, 4, 5])
+
+# %% [markdown]
+"""
+## 18. Serving
 
 A server reads prompts and writes answers for many at once. The part that it runs most is small enough to read
 in one piece: attention for T tokens over a cache that *already holds them*. First a cache of one layer on its
 own, the form that most programs begin with, given. It has no two steps: it appends.
+
+What you write is the body: queries from `x @ w_q`, cut into heads of D (the reshape is given), the mask, attention, `@
+w_o`. Row b holds `lengths[b]` tokens; the T queries are its last T. `scaled_dot_product_attention(query, key,
+value, visible)` of lesson 12 shares heads by itself and gives a Tensor; return its array. If you write the formula out instead:
+`np.sqrt(8)` is a float64 scalar and makes every score float64; `8**0.5` does not.
 """
 
 # %%
@@ -1911,14 +2115,6 @@ class LayerKVCache:
         if max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens {lengths} are longer than max_seq_len={self.max_seq_len}")
         return lengths
-
-# %% [markdown]
-"""
-Write the body: queries from `x @ w_q`, cut into heads of D (the reshape is given), the mask, attention, `@
-w_o`. Row b holds `lengths[b]` tokens; the T queries are its last T. `scaled_dot_product_attention(query, key,
-value, visible)` of lesson 12 shares heads by itself and gives a Tensor. If you write the formula out instead:
-`np.sqrt(8)` is a float64 scalar and makes every score float64; `8**0.5` does not.
-"""
 
 # %% nbgrader={"grade": false, "grade_id": "17-stateless", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
@@ -2061,7 +2257,38 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-What serving still lacks, and where the course goes on:
+Many conversations at once. *Predict:* sixteen rows in one pass, in place of one. Do prefill and decoding give sixteen
+times as many tokens per second, or less? Which of the two gains more?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-batch", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_batches(batch_sizes=(1, 4, 16), prompt_len=32):
+    """Prefill and decode several conversations at once: measured tokens per second, and the bytes they hold."""
+    model = random_gpt(256, 128, 4, 4, prompt_len + 1, 4)
+    print("rows   prefill tokens/s   decode tokens/s   cache bytes")
+    for rows in batch_sizes:
+        ids, cache = np.ones((rows, prompt_len), int), KVCache(rows, prompt_len + 1, 4, 4, 32)
+
+        def read(ids=ids, cache=cache):
+            cache.reset()
+            prefill(model, ids, cache)
+
+        def write(ids=ids, cache=cache):
+            model(ids[:, :1], cache=cache)
+            cache.rollback(1)
+
+        with no_grad():
+            reading, writing = measure_latency(read, repeats=3), measure_latency(write, repeats=5)
+        print(f"{rows:>4} {rows * prompt_len / reading:>18,.0f} {rows / writing:>17,.0f} {cache.nbytes:>13,}")
+
+
+if __name__ == "__main__":
+    show_batches()
+
+# %% [markdown]
+"""
+Decoding alone, each weight is read for one row; in a batch it serves all rows, and the throughput grows. Memory
+grows with it, and ends it. What serving still lacks, and where the course goes on:
 
 * **Eviction.** A conversation outgrows the memory: keep a window of the newest tokens and the first few, or
   those that attention looks at. Lesson 22 does, and stores keys in 8 or 4 bits. `positions`, not slots, is what
@@ -2069,132 +2296,8 @@ What serving still lacks, and where the course goes on:
 * **Paging.** Every row here reserves max_seq_len slots, used or not. Lesson 23 cuts memory into blocks and
   hands them out on demand.
 * **Prefix sharing.** A thousand conversations begin with the same instructions. Lesson 23 stores them once.
-"""
 
-# %% [markdown]
-"""
-## 17. Mistakes and pictures
-
-How would you notice a mistake? Each one here replaces one of your functions by a version that looks right, and
-runs a prompt of 4 tokens and 3 single ones. None raises an error. The model still talks, only not what it should say.
-"""
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-mistakes", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def late(right, store, new, lengths, n_new):
-    right(store, new, [length + 1 for length in lengths], n_new)
-
-
-def hides_newest(right, query_pos, key_pos, *window):
-    return right(query_pos, key_pos, *window) & (key_pos[:, None] != query_pos[..., None])
-
-
-def mask_sign(right, query_pos, key_pos, *window):
-    return ~right(query_pos, key_pos, *window)
-
-
-def top_left(right, query_pos, key_pos, *window):
-    return np.tril(np.ones((query_pos.shape[1], key_pos.shape[1]), bool))
-
-
-def restarting(right, lengths, n_new, seq_len):
-    return right([0] * len(lengths), n_new, seq_len)
-
-
-def show_mistake(name, wrong):
-    """Put `wrong` in the place of one function, run, and say what comes of it."""
-    right, model, ids = globals()[name], random_gpt(), np.arange(1, 8)[None]
-    globals()[name] = lambda *args: wrong(right, *args)
-    try:
-        enable_kv_cache(model)
-        pieces = [model(piece).numpy() for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:])]
-        errors = np.abs(np.concatenate(pieces, axis=1) - slow_gpt(model, ids)).max(axis=(0, 2))
-        print(f"{wrong.__name__:>13}: largest error of each token's logits {errors.round(1).tolist()}")
-    finally:
-        globals()[name] = right
-
-
-if __name__ == "__main__":
-    for name, wrong in [("write_tokens", late), ("visible_mask", hides_newest), ("visible_mask", mask_sign),
-                        ("visible_mask", top_left), ("next_positions", restarting)]:
-        show_mistake(name, wrong)
-
-# %% [markdown]
-"""
-Now a picture of the cache over time: which slots hold a token after each pass (`#` prompt, `o` generated, `.`
-empty), with the bytes that are in use.
-"""
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-timeline", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def show_cache_over_time(prompts, steps):
-    """Prefill ragged prompts, decode some steps, and draw the slots of each row after every pass."""
-    model, width = random_gpt(), max(map(len, prompts))
-    cache, lengths = KVCache(len(prompts), width + steps, 3, 2, 8), [len(prompt) for prompt in prompts]
-    ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-    logits = prefill(model, ids, cache, n_new=lengths).numpy()
-    token = logits[np.arange(len(prompts)), np.array(lengths) - 1].argmax(-1)
-    for step in range(steps + 1):
-        for row, (prompt_len, length) in enumerate(zip(lengths, cache.seq_lens)):
-            slots = "#" * prompt_len + "o" * (length - prompt_len)
-            used = f"{cache.get_memory_usage()['used_bytes']:,} of {cache.nbytes:,} bytes" if row == 0 else ""
-            print(f"{'pass ' + str(step) if row == 0 else '':<8} row {row}  {slots:.<{cache.capacity}}  {used}")
-        if step < steps:
-            token = model(token[:, None], cache=cache).numpy()[:, -1].argmax(-1)
-
-
-if __name__ == "__main__":
-    show_cache_over_time([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], steps=4)
-
-# %% [markdown]
-"""
-And of attention over the cached positions: how much the newest token of each pass looks at each key, head by
-head, in the last layer. The staircase is the cache growing by one.
-"""
-
-# %% nbgrader={"grade": false, "grade_id": "17-measure-weights", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def cached_attention_weights(model, ids, layer_idx):
-    """Weights (T, H, T) of each newest token over the cached positions, ids (T,) run one by one; NaN: no key yet."""
-    from tinytorch.core.attention import attention_weights
-
-    cache, rows = KVCache(1, len(ids), model.num_layers, model.num_kv_heads, model.blocks[0].attention.head_dim), []
-    attention, attend = model.blocks[layer_idx].attention, type(model.blocks[layer_idx].attention).attend
-
-    def recording(query, key, value, visible):
-        weights = attention_weights(query, key, visible).numpy()[0, :, 0]  # (H, S)
-        rows.append(np.pad(weights, ((0, 0), (0, len(ids) - weights.shape[1])), constant_values=np.nan))
-        return attend(attention, query, key, value, visible)
-
-    attention.attend = recording
-    try:
-        for token in ids:
-            model(np.array([[token]]), cache=cache)
-    finally:
-        del attention.attend
-    return np.array(rows)
-
-
-def plot_attention_over_cache(weights):
-    """One panel per head: passes downwards, cached positions to the right."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("matplotlib is not installed: head 0 as numbers\n", weights[:, 0].round(2))
-        return
-    figure, axes = plt.subplots(1, weights.shape[1], figsize=(12, 3), sharey=True, layout="constrained")
-    for head, axis in enumerate(axes):
-        axis.imshow(weights[:, head], vmin=0, vmax=1, cmap="cividis")
-        axis.set(title=f"head {head}", xlabel="position of the key", ylabel="pass" if head == 0 else "")
-        axis.set(xticks=range(0, len(weights), 3), yticks=range(0, len(weights), 3))
-    plt.show()
-
-
-if __name__ == "__main__":
-    weights = cached_attention_weights(random_gpt(), np.arange(1, 13), layer_idx=2)
-    print("each row sums to one:", bool(np.allclose(np.nansum(weights, axis=-1), 1, atol=1e-5)))
-    plot_attention_over_cache(weights)
-
-# %% [markdown]
-"""
-## 18. The end
+## 19. The end
 
 The module test runs every check, and then one story from beginning to end: ragged prompts, chunks, beam search's
 reorder, a rollback, a full cache, a second model.
@@ -2230,7 +2333,8 @@ def test_module():
     """Every check of this lesson, then the story."""
     for check in (
         test_unit_count_rows, test_unit_predict_bytes, test_unit_bytes, test_unit_write, test_unit_slots,
-        test_unit_room, test_unit_ledger, test_unit_cache, test_unit_attention, test_unit_ends, test_unit_join,
+        test_unit_room, test_unit_ledger, test_unit_cache, test_unit_predict_shapes,
+        test_unit_attention, test_unit_ends, test_unit_join,
         test_unit_equal, test_unit_prefill, test_unit_rows, test_unit_failed_pass, test_unit_training,
         test_unit_stateless, test_scenario,
     ):
@@ -2251,10 +2355,7 @@ And what is not a token is zero.
 **Exercises.** (1) Make `enable_kv_cache(model, dtype=np.float16)` and measure both error and speed. (2) Prefill
 in chunks of 1, 8 and 64, measure, and explain the optimum. (3) Store four prompts of one prefix: how many bytes
 are double?
-"""
 
-# %% [markdown]
-"""
 **A design note.** Our store reserves max_seq_len slots per row. The authors of vLLM measured what that costs in
 serving systems that did the same: between 20.4 % and 38.2 % of the cache memory held the state of tokens, the
 rest was reserved or fragmented (Kwon et al., *Efficient Memory Management for Large Language Model Serving with

@@ -87,6 +87,23 @@ def test_the_model_is_left_as_it_was(model):
     assert [block.attention for block in model.blocks] == attentions
 
 
+def test_an_enabled_cache_and_the_modes_of_parts_are_left_as_they_were(model):
+    cache, other = enable_kv_cache(model), GPT(V, E, L, H, 32, num_kv_heads=H_KV, rng=np.random.default_rng(0))
+    model.eval()
+    model(np.array([[1, 2]]))
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    parts = [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
+    recorded = CacheExplorer.record(model, PROMPT, NEW).recording
+    after = [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
+    assert len(after) == 4 and all(a is b for a, b in zip(after, parts))
+    assert [module.training for module in model.modules()] == modes
+    assert model._kv_cache is cache and cache.seq_lens == [2] and cache.pending_layers == []
+    other.load_state_dict(model.state_dict())
+    assert recorded["tokens"] == [str(token) for token in other.generate(PROMPT, NEW)]
+
+
 def test_the_page_asks_for_nothing_from_outside(explorer):
     page = explorer.to_html()
     assert not re.search(r"(src|href)\s*=|@import|fetch\(|import\(|https?://(?!www\.w3\.org/2000/svg)", page)

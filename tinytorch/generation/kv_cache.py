@@ -9,20 +9,21 @@ __all__ = [
     "profile_naive_generation",
     "token_rows",
     "kv_cache_bytes",
-    "whole_number",
-    "storage_dtype",
-    "KVCacheConfig",
-    "KNOWN_MODELS",
     "write_tokens",
     "next_positions",
     "slot_positions",
     "check_room",
+    "CacheStateError",
+    "CacheLedger",
+    "whole_number",
+    "storage_dtype",
     "per_row",
     "check_tokens",
     "check_chunk",
-    "CacheStateError",
-    "CacheLedger",
+    "KVCacheConfig",
+    "KNOWN_MODELS",
     "KVStore",
+    "CacheDoor",
     "CacheRows",
     "KVView",
     "KVCache",
@@ -40,13 +41,13 @@ __all__ = [
     "create_kv_cache",
     "enable_kv_cache",
     "disable_kv_cache",
-    "run_in_chunks",
-    "prefill",
     "generation_flops",
     "analyze_kvcache_speedup",
     "memory_analysis",
     "memory_growth_table",
     "analyze_kvcache_memory",
+    "run_in_chunks",
+    "prefill",
     "clear_slots",
     "gather_rows",
     "LayerKVCache",
@@ -73,7 +74,7 @@ from tinytorch.models.transformer import GPT, evaluating
 from tinytorch.profiling.profiler import Measurement, MemoryTracker, measure_latency, time_calls
 
 
-# %% cell 4
+# %% cell 5
 def random_gpt(vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, max_seq_len=64, num_kv_heads=2, seed=0):
     """A GPT in eval mode whose parameters all differ, and are large enough that a mistake shows in the logits."""
     rng = np.random.default_rng(seed)
@@ -115,7 +116,7 @@ def profile_naive_generation(model=None, lengths=(32, 64, 128, 256), repeats=5):
     return rows
 
 
-# %% cell 7 (17-count-rows)
+# %% cell 8 (17-count-rows)
 def token_rows(prompt_len, max_new_tokens, cached):
     """Token rows that pass through the model while it generates.
 
@@ -129,7 +130,7 @@ def token_rows(prompt_len, max_new_tokens, cached):
     return sum(prompt_len + i for i in range(max_new_tokens))
 
 
-# %% cell 16 (17-bytes)
+# %% cell 15 (17-bytes)
 def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
     """Bytes of the keys and values of `num_tokens` tokens (of all rows of a batch together).
 
@@ -139,61 +140,7 @@ def kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_tokens, itemsize):
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * itemsize
 
 
-# %% cell 19
-def whole_number(name, value, least=1):
-    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
-
-
-def storage_dtype(dtype):
-    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
-    try:
-        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
-            return np.dtype(dtype)
-    except TypeError:
-        pass  # not a dtype at all: the same message
-    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-
-
-# %% cell 20
-@dataclass(frozen=True)
-class KVCacheConfig:
-    """The sizes of a cache, and from them its bytes, before anything is allocated.
-
-    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
-    536870912
-    """
-
-    num_layers: int
-    max_context_length: int
-    num_kv_heads: int
-    head_dim: int
-    batch_size: int = 1
-    dtype: Any = np.float16
-
-    def __post_init__(self):
-        for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
-
-    def calculate_size(self):
-        """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
-        tokens = self.batch_size * self.max_context_length
-        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
-
-
-KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
-    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
-    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
-    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
-    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
-    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
-}
-
-
-# %% cell 22 (17-write)
+# %% cell 18 (17-write)
 def write_tokens(store, new, lengths, n_new):
     """Write each row's first n_new tokens behind those that the row holds, in place.
 
@@ -203,7 +150,7 @@ def write_tokens(store, new, lengths, n_new):
         store[row, :, start : start + count] = new[row, :, :count]
 
 
-# %% cell 25 (17-slots)
+# %% cell 21 (17-slots)
 def next_positions(lengths, n_new, seq_len):
     """The positions of the next tokens: (B, T), T = seq_len; -1 for padding beyond a row's n_new.
 
@@ -224,7 +171,7 @@ def slot_positions(lengths):
     return np.where(slots < np.array(lengths)[:, None], slots, -1)
 
 
-# %% cell 28 (17-room)
+# %% cell 24 (17-room)
 def check_room(lengths, n_new, max_seq_len):
     """ValueError when a row has no room for its new tokens; it names max_seq_len, tokens stored, asked for and free."""
     for row, (stored, asked) in enumerate(zip(lengths, n_new)):
@@ -235,45 +182,7 @@ def check_room(lengths, n_new, max_seq_len):
             )
 
 
-# %% cell 31
-def per_row(name, value, batch_size):
-    """One whole number per row, as a list; a single number counts for every row."""
-    values = value.tolist() if isinstance(value, np.ndarray) else value
-    values = list(values) if isinstance(values, (list, tuple, range)) else [values] * batch_size
-    if len(values) != batch_size:
-        raise ValueError(f"{name} needs one number for each of the {batch_size} rows, got {len(values)}")
-    return [whole_number(name, number, least=0) for number in values]
-
-
-def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
-    """`tokens` as an array (B, H, T, D) of the storage dtype, or a ValueError that says what does not fit."""
-    array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must hold numbers, got {array.dtype}")
-    needed = (batch_size, num_heads, "T >= 1", head_dim)
-    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
-        raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
-    if array.dtype != dtype:
-        with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
-            array = array.astype(dtype)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
-    return array
-
-
-def check_chunk(key, value, n_new, lengths, max_seq_len):
-    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
-    seq_len = key.shape[2]
-    if value.shape[2] != seq_len:
-        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
-    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
-    if max(n_new) > seq_len:
-        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
-    check_room(lengths, n_new, max_seq_len)
-    return n_new
-
-
-# %% cell 33 (17-ledger)
+# %% cell 27 (17-ledger)
 class CacheStateError(ValueError):
     """The calls came in an order that no forward pass makes."""
 
@@ -317,7 +226,98 @@ class CacheLedger:
         self.close_pass()
 
 
-# %% cell 36
+# %% cell 30
+def whole_number(name, value, least=1):
+    """`value` as an int, or a ValueError that names the field (True, 2.0 and "2" are no whole numbers here)."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def storage_dtype(dtype):
+    """float16, float32 or float64 as a NumPy dtype, or a ValueError that names the field."""
+    try:
+        if dtype is not None and np.dtype(dtype) in (np.float16, np.float32, np.float64):
+            return np.dtype(dtype)
+    except TypeError:
+        pass  # not a dtype at all: the same message
+    raise ValueError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+
+
+def per_row(name, value, batch_size):
+    """One whole number per row, as a list; a single number counts for every row."""
+    values = value.tolist() if isinstance(value, np.ndarray) else value
+    values = list(values) if isinstance(values, (list, tuple, range)) else [values] * batch_size
+    if len(values) != batch_size:
+        raise ValueError(f"{name} needs one number for each of the {batch_size} rows, got {len(values)}")
+    return [whole_number(name, number, least=0) for number in values]
+
+
+def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
+    """`tokens` as an array (B, H, T, D) of the storage dtype, or a ValueError that says what does not fit."""
+    array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must hold numbers, got {array.dtype}")
+    needed = (batch_size, num_heads, "T >= 1", head_dim)
+    if array.ndim != 4 or array.size == 0 or (*array.shape[:2], array.shape[3]) != (batch_size, num_heads, head_dim):
+        raise ValueError(f"{name} has shape {array.shape}, needed (batch, heads, tokens, head_dim) = {needed}")
+    if array.dtype != dtype:
+        with np.errstate(over="ignore"):  # too large for float16 becomes inf, which the next line refuses
+            array = array.astype(dtype)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a number that is not finite as {array.dtype}: nothing was stored")
+    return array
+
+
+def check_chunk(key, value, n_new, lengths, max_seq_len):
+    """The valid tokens per row of a chunk of keys and values, or a ValueError: they differ, or do not fit."""
+    seq_len = key.shape[2]
+    if value.shape[2] != seq_len:
+        raise ValueError(f"keys of {seq_len} tokens came with values of {value.shape[2]}: they must be as many")
+    n_new = per_row("n_new", seq_len if n_new is None else n_new, len(lengths))
+    if max(n_new) > seq_len:
+        raise ValueError(f"n_new {n_new} counts more tokens than the chunk has ({seq_len})")
+    check_room(lengths, n_new, max_seq_len)
+    return n_new
+
+
+# %% cell 31
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """The sizes of a cache, and from them its bytes, before anything is allocated.
+
+    >>> KVCacheConfig(num_layers=32, max_context_length=4096, num_kv_heads=8, head_dim=128).calculate_size()
+    536870912
+    """
+
+    num_layers: int
+    max_context_length: int
+    num_kv_heads: int
+    head_dim: int
+    batch_size: int = 1
+    dtype: Any = np.float16
+
+    def __post_init__(self):
+        for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "dtype", storage_dtype(self.dtype))
+
+    def calculate_size(self):
+        """Bytes of the whole cache: 2 * L * B * S * H_kv * D * itemsize."""
+        tokens = self.batch_size * self.max_context_length
+        return kv_cache_bytes(self.num_layers, self.num_kv_heads, self.head_dim, tokens, self.dtype.itemsize)
+
+
+KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
+    "GPT-2": KVCacheConfig(12, 1024, 12, 64),
+    "Qwen2.5-0.5B": KVCacheConfig(24, 2048, 2, 64),
+    "Llama-3-8B": KVCacheConfig(32, 4096, 8, 128),
+    "Llama-3-70B": KVCacheConfig(80, 8192, 8, 128),
+    "GPT-3": KVCacheConfig(96, 2048, 96, 128),
+}
+
+
+# %% cell 32
 class KVStore:
     """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
 
@@ -332,7 +332,7 @@ class KVStore:
         self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
         try:
             self._make_store()
-        except MemoryError:  # within the tracker's limit, and yet more than the machine has
+        except (MemoryError, ValueError):  # within the tracker's limit, and yet more than NumPy or the machine can do
             self._release()
             raise
         self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
@@ -389,7 +389,64 @@ class KVStore:
         self.close()
 
 
-# %% cell 37
+# %% cell 33
+class CacheDoor:
+    """What may be asked of a cache, and what it refuses, before anything changes."""
+
+    @property
+    def seq_lens(self):
+        """Committed tokens of each row, as a list."""
+        return list(self._ledger.lengths)
+
+    @property
+    def seq_pos(self):
+        """Committed tokens of the longest row."""
+        return max(self._ledger.lengths)
+
+    @property
+    def pending_layers(self):
+        """Layers that have written the open pass; [] when none is open."""
+        return sorted(self._ledger.written)
+
+    def positions(self, n_new, seq_len=None):
+        """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
+        n_new = per_row("n_new", n_new, self.batch_size)
+        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
+
+    def __repr__(self):
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
+                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
+        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
+
+    def _accept(self, layer_idx, key, value, n_new):
+        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
+        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
+        layer = None
+        try:
+            layer = self._layer(layer_idx)
+            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
+            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
+        except ValueError:
+            if ledger.written:
+                ledger.failed.add(layer)
+            raise
+        if ledger.failed and layer in ledger.written:
+            self.abandon()  # the pass stopped half-way: a new one begins
+        ledger.claim(layer, n_new, key.shape[2])
+        ledger.failed.discard(layer)
+        return layer, key, value, n_new
+
+    def _layer(self, layer_idx):
+        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
+            raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
+        return int(layer_idx)
+
+    def _read(self, layer_idx, num_slots):
+        key, value = self._readable[layer_idx, :, :, :, :num_slots]
+        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
+
+
+# %% cell 34
 class CacheRows:
     """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
 
@@ -438,7 +495,7 @@ class CacheRows:
         return self.clone()
 
 
-# %% cell 39 (17-cache)
+# %% cell 36 (17-cache)
 class KVView(NamedTuple):
     """What attention reads: key and value (B, H_kv, S, D), and the position of each key (B, S), -1 where empty."""
 
@@ -447,7 +504,7 @@ class KVView(NamedTuple):
     pos: Any
 
 
-class KVCache(KVStore, CacheRows):
+class KVCache(KVStore, CacheDoor, CacheRows):
     """The keys and values of every token so far, for every layer. A forward pass is a transaction.
 
     `update` writes one layer's new tokens behind the committed ones; `advance` commits them for all layers. A call
@@ -475,26 +532,6 @@ class KVCache(KVStore, CacheRows):
 
     window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
 
-    @property
-    def seq_lens(self):
-        """Committed tokens of each row, as a list."""
-        return list(self._ledger.lengths)
-
-    @property
-    def seq_pos(self):
-        """Committed tokens of the longest row."""
-        return max(self._ledger.lengths)
-
-    @property
-    def pending_layers(self):
-        """Layers that have written the open pass; [] when none is open."""
-        return sorted(self._ledger.written)
-
-    def positions(self, n_new, seq_len=None):
-        """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
-        n_new = per_row("n_new", n_new, self.batch_size)
-        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
-
     def update(self, layer_idx, key, value, n_new=None):
         """Store T >= 1 new tokens of one layer; return all that they may look at, themselves included.
 
@@ -509,6 +546,11 @@ class KVCache(KVStore, CacheRows):
         write_tokens(self._store[layer_idx, 1], value, stored, n_new)
         visible = [length + count for length, count in zip(stored, n_new)]
         return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
+
+    def reset(self):
+        """Empty again: no bytes, no lengths, nothing pending."""
+        self._store[...] = 0
+        self._ledger = CacheLedger(self.batch_size)
 
     def advance(self):
         """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
@@ -533,46 +575,9 @@ class KVCache(KVStore, CacheRows):
                           for part in (key, value))
         return key, value
 
-    def reset(self):
-        """Empty again: no bytes, no lengths, nothing pending."""
-        self._store[...] = 0
-        self._ledger = CacheLedger(self.batch_size)
-
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
         return attached(model, self, n_new)
-
-    def __repr__(self):
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
-                          ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
-        return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
-
-    def _accept(self, layer_idx, key, value, n_new):
-        """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
-        ledger, sizes = self._ledger, (self.batch_size, self.num_heads, self.head_dim, self.dtype)
-        layer = None
-        try:
-            layer = self._layer(layer_idx)
-            key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
-            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
-        except ValueError:
-            if ledger.written:
-                ledger.failed.add(layer)
-            raise
-        if ledger.failed and layer in ledger.written:
-            self.abandon()  # the pass stopped half-way: a new one begins
-        ledger.claim(layer, n_new, key.shape[2])
-        ledger.failed.discard(layer)
-        return layer, key, value, n_new
-
-    def _layer(self, layer_idx):
-        if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
-            raise ValueError(f"layer_idx {layer_idx} is beyond the last layer, {self.num_layers - 1}")
-        return int(layer_idx)
-
-    def _read(self, layer_idx, num_slots):
-        key, value = self._readable[layer_idx, :, :, :, :num_slots]
-        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
 
 # %% cell 44
@@ -608,7 +613,7 @@ class StandIn(Module):
         return self.cache.positions(seq_len if self.n_new is None else self.n_new, seq_len)
 
 
-# %% cell 46 (17-attention)
+# %% cell 45 (17-attention)
 class CachedAttention(StandIn):
     """Attention with one cache.update between project and attend; in training mode, the attention it stands for."""
 
@@ -632,7 +637,7 @@ class CachedAttention(StandIn):
         return self.part.merge(self.part.attend(query, key, value, visible))
 
 
-# %% cell 51 (17-ends)
+# %% cell 49 (17-ends)
 class CountingPositions(StandIn):
     """A position embedding that counts on from the cached tokens. A cached forward pass begins here."""
 
@@ -660,7 +665,7 @@ class CommittingNorm(StandIn):
         return y
 
 
-# %% cell 54 (17-join)
+# %% cell 52 (17-join)
 def original(part):
     """The part that a stand-in stands for; any other part is itself."""
     return part.part if isinstance(part, StandIn) else part
@@ -682,7 +687,7 @@ def attention_parts(model, cache, n_new=None):
     ]
 
 
-# %% cell 56
+# %% cell 54
 def require_parts(model):
     """AttributeError that names everything that the model lacks for a cache."""
     needed = ("embed_dim", "num_layers", "num_heads", "max_seq_len", "blocks", "position_embedding", "norm")
@@ -733,7 +738,7 @@ def attached(model, cache, n_new=None):
         put_parts(replaced)
 
 
-# %% cell 57
+# %% cell 55
 def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
     """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker."""
     return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
@@ -771,7 +776,106 @@ def disable_kv_cache(model):
     model._kv_cache, model._cache_enabled = None, False
 
 
-# %% cell 63 (17-prefill)
+# %% cell 59
+def generation_flops(model, prompt_len, max_new_tokens, cached):
+    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
+    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    for i in range(max_new_tokens):
+        seq_len = prompt_len + i
+        rows = 1 if cached and i else seq_len
+        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+    return flops
+
+
+def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
+    """Measure generation with and without a cache; print and return one dict per prompt length.
+
+    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
+    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
+    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
+    """
+    model = model_to_measure(model, max(lengths) + max_new_tokens)
+    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
+    rows = []
+    for length in lengths:
+        prompt = [i % model.vocab_size for i in range(length)]
+        ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
+                True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
+        same, runs = ways[False]() == ways[True](), {False: [], True: []}  # that was the warm-up, too
+        for _ in range(repeats):
+            for cached, run in ways.items():
+                runs[cached] += time_calls(run, warmup=0, repeats=1)
+        seconds = {cached: Measurement(times) for cached, times in runs.items()}
+        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
+        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
+                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
+                     "gflops_without": flops[False] / seconds[False] / 1e9,
+                     "gflops_with": flops[True] / seconds[True] / 1e9,
+                     "same_tokens": same})
+        row = rows[-1]
+        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
+              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
+    return rows
+
+
+# %% cell 62
+def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
+    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
+
+    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
+
+    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
+    36.0
+    """
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
+    total = config.calculate_size()
+    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
+            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
+
+
+def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
+                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
+    """MiB of the cache over length and batch size, as text."""
+    def cell(batch_size, seq_len):
+        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
+        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
+
+    stored = num_heads if num_kv_heads is None else num_kv_heads
+    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}; in MiB",
+             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
+    for seq_len in seq_lens:
+        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
+    return "\n".join(lines)
+
+
+def analyze_kvcache_memory(models=None, batch_size=1):
+    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
+
+    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
+    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
+    a list of dicts, one per model.
+    """
+    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
+    rows = []
+    for name, c in (KNOWN_MODELS if models is None else models).items():
+        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
+        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
+        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
+                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
+        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
+        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
+              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
+    for dtype in (np.float16, np.float32):
+        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
+        measured = KVCache.from_config(config).nbytes
+        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
+    return rows
+
+
+# %% cell 66 (17-prefill)
 def run_in_chunks(model, ids, cache, chunk, n_new):
     """Run ids (B, T) into the cache, `chunk` tokens at a time; return the list of the logits of each chunk.
 
@@ -807,108 +911,7 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
         return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
 
 
-# %% cell 66
-def generation_flops(model, prompt_len, max_new_tokens, cached):
-    """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
-    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
-    flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
-    for i in range(max_new_tokens):
-        seq_len = prompt_len + i
-        rows = 1 if cached and i else seq_len
-        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
-    return flops
-
-
-# %% cell 67
-def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_tokens=16, repeats=3):
-    """Measure generation with and without a cache; print and return one dict per prompt length.
-
-    For each prompt length: median seconds of generating max_new_tokens both ways (interleaved in one process),
-    their ratio, the ratio of counted operations, and whether both gave the same tokens. model: a GPT in which
-    max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
-    """
-    model = model_to_measure(model, max(lengths) + max_new_tokens)
-    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
-    print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
-    rows = []
-    for length in lengths:
-        prompt = [i % model.vocab_size for i in range(length)]
-        ways = {False: lambda prompt=prompt: model.generate(prompt, max_new_tokens),
-                True: lambda prompt=prompt: model.generate(prompt, max_new_tokens, cache=cache)}
-        same, runs = ways[False]() == ways[True](), {False: [], True: []}  # that was the warm-up, too
-        for _ in range(repeats):
-            for cached, run in ways.items():
-                runs[cached] += time_calls(run, warmup=0, repeats=1)
-        seconds = {cached: Measurement(times) for cached, times in runs.items()}
-        flops = {cached: generation_flops(model, length, max_new_tokens, cached) for cached in ways}
-        rows.append({"prompt_len": length, "seconds_without": seconds[False], "seconds_with": seconds[True],
-                     "speedup": seconds[False] / seconds[True], "flops_ratio": flops[False] / flops[True],
-                     "gflops_without": flops[False] / seconds[False] / 1e9,
-                     "gflops_with": flops[True] / seconds[True] / 1e9,
-                     "same_tokens": same})
-        row = rows[-1]
-        print(f"{length:>6} {seconds[False]:>8.3f} s {seconds[True]:>8.3f} s {row['speedup']:>8.1f}x "
-              f"{row['flops_ratio']:>8.1f}x  {row['same_tokens']}")
-    return rows
-
-
-# %% cell 71
-def memory_analysis(num_layers, num_heads, head_dim, batch_size, seq_len, *, num_kv_heads=None, dtype=np.float16):
-    """What a cache of these sizes takes, as a dict: total_bytes, total_GB (1e9 bytes), total_MiB, bytes_per_token.
-
-    num_kv_heads: the heads that are stored, where query heads share them (default: num_heads).
-
-    >>> memory_analysis(num_layers=12, num_heads=12, head_dim=64, batch_size=1, seq_len=1024)["total_MiB"]
-    36.0
-    """
-    stored = num_heads if num_kv_heads is None else num_kv_heads
-    config = KVCacheConfig(num_layers, seq_len, stored, head_dim, batch_size, dtype)
-    total = config.calculate_size()
-    return {"total_bytes": total, "total_GB": total / 1e9, "total_MiB": total / 2**20,
-            "bytes_per_token": total // (config.batch_size * config.max_context_length), "dtype": config.dtype.name}
-
-
-def memory_growth_table(num_layers=32, num_heads=32, head_dim=128, *, num_kv_heads=None, dtype=np.float16,
-                        seq_lens=(512, 2048, 8192, 32768), batch_sizes=(1, 8, 32)):
-    """MiB of the cache over length and batch size, as text."""
-    def cell(batch_size, seq_len):
-        sizes = (num_layers, num_heads, head_dim, batch_size, seq_len)
-        return memory_analysis(*sizes, num_kv_heads=num_kv_heads, dtype=dtype)["total_MiB"]
-
-    stored = num_heads if num_kv_heads is None else num_kv_heads
-    lines = [f"{num_layers} layers, {stored} key-value heads of {head_dim}, {storage_dtype(dtype).name}; in MiB",
-             f"{'tokens':>8}" + "".join(f"{f'batch {batch}':>12}" for batch in batch_sizes)]
-    for seq_len in seq_lens:
-        lines.append(f"{seq_len:>8}" + "".join(f"{cell(batch, seq_len):>12,.1f}" for batch in batch_sizes))
-    return "\n".join(lines)
-
-
-# %% cell 72
-def analyze_kvcache_memory(models=None, batch_size=1):
-    """Compute the cache of known models at their full context, and measure that prediction and arrays agree.
-
-    models: dict of name -> KVCacheConfig (default: KNOWN_MODELS). Prints, per model, bytes per token and MiB in float16
-    and float32, all computed; then allocates two small caches and prints predicted against measured bytes. Returns
-    a list of dicts, one per model.
-    """
-    print(f"{'model':<14} {'L/H_kv/D':>11} {'bytes/token':>12} {'tokens':>7} {'MiB float16':>12} {'MiB float32':>12}")
-    rows = []
-    for name, c in (KNOWN_MODELS if models is None else models).items():
-        sizes = (c.num_layers, c.num_kv_heads, c.head_dim, batch_size, c.max_context_length)
-        half, full = memory_analysis(*sizes, dtype=np.float16), memory_analysis(*sizes, dtype=np.float32)
-        rows.append({"model": name, "bytes_per_token": half["bytes_per_token"],
-                     "MiB_float16": half["total_MiB"], "MiB_float32": full["total_MiB"]})
-        shape = f"{c.num_layers}/{c.num_kv_heads}/{c.head_dim}"
-        print(f"{name:<14} {shape:>11} {half['bytes_per_token']:>12,} {c.max_context_length:>7} "
-              f"{half['total_MiB']:>12,.0f} {full['total_MiB']:>12,.0f}")
-    for dtype in (np.float16, np.float32):
-        config = KVCacheConfig(4, 64, 2, 16, batch_size, dtype)
-        measured = KVCache.from_config(config).nbytes
-        print(f"predicted {config.calculate_size():,} B, measured {measured:,} B ({config.dtype.name}, 64 tokens)")
-    return rows
-
-
-# %% cell 77 (17-rows)
+# %% cell 69 (17-rows)
 def clear_slots(store, starts, stops):
     """Zero the slots start .. stop - 1 of each row, in all layers, keys and values: store (L, 2, B, H, S, D)."""
     for row, (start, stop) in enumerate(zip(starts, stops)):
@@ -920,7 +923,7 @@ def gather_rows(store, rows):
     store[...] = store[:, :, rows]  # indexing by a list copies, so nothing is read after it was overwritten
 
 
-# %% cell 84
+# %% cell 83
 class LayerKVCache:
     """The cache of one layer on its own: two arrays (B, H, S, D), public and writable, and a length per row.
 
@@ -971,7 +974,7 @@ class LayerKVCache:
         return lengths
 
 
-# %% cell 86 (17-stateless)
+# %% cell 84 (17-stateless)
 def attend_last(query, cache, lengths):
     """Attention of each row's last T tokens over all that the row holds: (B, H, T, D) -> (B, H, T, D), float32.
 
@@ -1004,7 +1007,7 @@ def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     return Tensor(output) if isinstance(query_input, Tensor) else output
 
 
-# %% cell 88
+# %% cell 86
 class IncrementalDecoder:
     """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 
