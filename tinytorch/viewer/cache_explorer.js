@@ -132,7 +132,7 @@ function render({ model, el }) {
     const words = { empty: "empty", cached: "holds a token, not read", read: "read", written: "written, then read" };
     return make("span", {}, key, words[state]);
   }));
-  el.replaceChildren(make("section", { class: "kv" }, make("style", {}, STYLE),
+  el.replaceChildren(make("section", { class: "kv", "data-lm-suppress-shortcuts": "true" }, make("style", {}, STYLE),
     make("h1", {}, "The KV cache, step by step"),
     make("div", { class: "controls" }, back, slider, next, said), make("h2", {}, "Text"), tokens,
     make("h2", {}, "Slots of one layer"), make("div", { class: "controls" }, layer, head), legend, slots,

@@ -80,6 +80,7 @@ class Watch:
         # Nobody reads IPython's own tracebacks, and making one may itself fail or take long.
         shell.showtraceback = shell.showsyntaxerror = lambda *args, **kwargs: None
         shell._last_traceback = None  # ipykernel reads it, and sets it only in cells without `await`
+        shell.ask_exit = lambda: None  # exit() would stop the kernel a moment later, in the middle of another cell
         shell.events.register("pre_run_cell", self.before)
         shell.events.register("post_run_cell", self.after)
 
