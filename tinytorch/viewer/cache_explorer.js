@@ -132,7 +132,7 @@ function render({ model, el }) {
     const words = { empty: "empty", cached: "holds a token, not read", read: "read", written: "written, then read" };
     return make("span", {}, key, words[state]);
   }));
-  el.replaceChildren(make("section", { class: "kv", "data-lm-suppress-shortcuts": "true" }, make("style", {}, STYLE),
+  el.replaceChildren(make("section", { class: "kv" }, make("style", {}, STYLE),
     make("h1", {}, "The KV cache, step by step"),
     make("div", { class: "controls" }, back, slider, next, said), make("h2", {}, "Text"), tokens,
     make("h2", {}, "Slots of one layer"), make("div", { class: "controls" }, layer, head), legend, slots,
@@ -150,6 +150,13 @@ function render({ model, el }) {
     drawNumbers(recording, index, Number(layer.value), numbers);
   }
   const move = (by) => { slider.value = Number(slider.value) + by; show(); };
+  const keys = { ArrowRight: 1, ArrowUp: 1, PageUp: 5, End: last, ArrowLeft: -1, ArrowDown: -1, PageDown: -5, Home: -last };
+  slider.addEventListener("keydown", (event) => {  // by ourselves: a notebook keeps arrow keys from a slider
+    if (!(event.key in keys)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    move(keys[event.key]);
+  });
   back.addEventListener("click", () => move(-1));
   next.addEventListener("click", () => move(1));
   for (const control of [slider, layer, head]) control.addEventListener("input", show);
