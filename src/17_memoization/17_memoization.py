@@ -137,11 +137,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The last column is the answer. At first it grows more slowly than the length, for the calls into NumPy cost the same
-for any length; then about in step with it. Each token pays again for all before it.
+The last column is the answer: each token pays again for all before it. (While the text is short, the calls into
+NumPy cost more than the arithmetic, and hide it.)
 
-Count the work. A forward pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and
-4 new ones, without and with a memory:
+Count the work. A pass over T tokens runs T *token rows* through every layer. A prompt of 3 tokens and 4 new ones:
 
     round             1        2          3            4              rows
     without a cache   a b c    a b c d    a b c d e    a b c d e f    3 + 4 + 5 + 6 = 18
@@ -192,9 +191,9 @@ if __name__ == "__main__":
 """
 ## 2. What never changes
 
-May we keep anything at all? In layer *l* the key and value of token *t* are made from the hidden state of token *t*
-and of nobody else. That state came out of layer *l - 1*, where token *t* looked at tokens 0 .. *t*, and the causal
-mask hid all that came later. So a new token cannot change them, in any layer.
+May we keep anything at all? A layer makes token *t*'s key and value from the hidden state of token *t* alone. That
+state came out of the layer below, where *t* looked at tokens 0 .. *t*; the causal mask hid all that came later. So
+no new token can change them, in any layer.
 
 *Predict:* we compute the keys of six tokens, and again with a seventh behind them. In which of the three layers do
 the six old keys change with the causal mask, and in which without it?
@@ -226,16 +225,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-With the mask, rounding at most. Without it the old keys move: a model that looks both ways cannot be cached
-like this.
+With the mask, rounding at most. Without it the old keys move: a model that looks both ways cannot be cached so.
 
-*Look back.* Why does layer 0 not change even without the mask? (Its keys are made from the embeddings, before any
-token has looked at another.) And why keep keys and values, but not queries? (The query of token *t* asks one
-question, in the round of token *t*. Later rounds ask with their own. Only keys and values are read again.)
+*Look back.* Why does layer 0 not change even without the mask? (Its keys come from the embeddings, before any token
+has looked at another.) Why keep keys and values, but no queries? (A query asks once, in its own round. Only keys
+and values are read again.)
 
 ## 3. Bytes
 
-Memory is the price. One token leaves, in each layer, one key and one value for each key-value head, D numbers each:
+Memory is the price. In each layer a token leaves a key and a value for each key-value head, D numbers each:
 
     layer 0   key   [ H_kv x D ]    value [ H_kv x D ]
     layer 1   key   [ H_kv x D ]    value [ H_kv x D ]
@@ -304,15 +302,14 @@ One block of zeros for everything, allocated once, (L, 2, B, H_kv, S, D):
 
     | layer 0 keys | layer 0 values | layer 1 keys | layer 1 values | ...     each of these: B rows of S slots
 
-A token fills one slot in each of them; the slot's number is its position in its row. Here are one layer's keys, 2
-rows of S = 6 slots, and rows may differ in length:
+A token fills one slot in each; the slot's number is its position in its row. One layer's keys, 2 rows of S = 6
+slots, rows of different length:
 
     lengths [3, 1]     row 0   a b c . . .        write 2 and 1 new tokens:   row 0   a b c d e .
                        row 1   p . . . . .                                    row 1   p q . . . .
 
-The new tokens come as one chunk (B, H, T, D), padded on the right: row 1 brings `q` and one column of padding,
-`n_new` is [2, 1]. A write is a slice; nothing moves, nothing grows. For row 0 alone:
-`store[0, :, 3:5] = new[0, :, :2]`.
+New tokens come as one chunk (B, H, T, D), padded on the right: row 1 brings `q` and a column of padding, `n_new` is
+[2, 1]. A write is a slice; nothing moves or grows. For row 0 alone: `store[0, :, 3:5] = new[0, :, :2]`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-write", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -355,8 +352,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-A reader of the store must know which slots hold a token, and at which position. The slots past the end of a short
-row are *empty*: position -1. The picture after the write, lengths [5, 2]:
+A reader must know which slots hold a token, and at which position. Slots past the end of a short row are *empty*:
+position -1. After the write, lengths [5, 2]:
 
     pos    row 0   0  1  2  3  4
            row 1   0  1 -1 -1 -1
@@ -447,15 +444,15 @@ if __name__ == "__main__":
 """
 ## 5. Two steps
 
-A forward pass brings the same T tokens to every layer, one layer after the other. When do they count as stored? If
-each layer counted for itself, layer 1 would find the length already raised by layer 0 and write one slot too late.
-And if layer 7 fails, layers 0 to 6 must not keep tokens that layer 7 never saw. So, like a transaction:
+A pass brings the same T tokens to every layer, one after the other. When do they count as stored? If layer 0 raised
+the length, layer 1 would write one slot too late. And if layer 7 fails, layers 0 to 6 must not keep tokens that
+layer 7 never saw. So, like a transaction:
 
     update(0) update(1) ... update(L-1)     each layer writes behind the committed length: the tokens are pending
     advance()                               all layers have written: now they are stored
 
-A ledger keeps count. It knows no arrays. `claim` lets a layer write: it refuses a layer that has already written in
-this pass, and a layer that brings other tokens than the ones before it. `commit` adds n_new to the lengths.
+A ledger keeps count, and knows no arrays. `claim` lets a layer write, unless it has already written in this pass or
+brings other tokens than the layers before it. `commit` adds n_new to the lengths.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-ledger", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -541,15 +538,14 @@ if __name__ == "__main__":
 """
 ## 6. The cache
 
-Now the parts come together. Five cells are given:
+Now the parts come together. Five cells are given; read on at the next hole and come back when you need them.
 
-* *Guards* let nothing odd in: no wrong shape (NumPy would broadcast a batch of 1 into every row), no text, no NaN.
-* `KVCacheConfig` gives the sizes their names. `num_kv_heads`, not `num_heads`: where query heads share a key-value
-  head (lesson 12), only those are stored.
-* `KVStore` owns the memory. `_readable` is the same memory under a second name that cannot be written to: what is
-  handed out is sliced from it, so that reading costs no copy and no caller changes the cache by accident.
+* *Guards* refuse wrong shapes (NumPy would broadcast a batch of 1 into every row), text, NaN.
+* `KVCacheConfig` names the sizes. It counts `num_kv_heads`: shared heads (lesson 12) are stored once.
+* `KVStore` owns the memory. `_readable` is the same memory as a view that cannot be written to: what is handed out
+  is sliced from it, so reading costs no copy, and nobody changes the cache by accident.
 * `CacheDoor` answers questions, and lets a chunk in or refuses it.
-* `CacheRows` edits what is stored, with two functions that you will build in section 14.
+* `CacheRows` edits what is stored, with two functions that you build in section 14.
 """
 
 # %%
@@ -1028,17 +1024,17 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Queries and keys differ in number, and the mask of lesson 12 (T x T) does not fit. Aligned top-left it would let the
-first query see one key; but the T queries are the *last* T tokens. So nobody counts indices: `visible_mask(query
-positions, key positions)` decides by position alone, `0 <= key position <= query position`.
+A mask of T x T no longer fits, and aligned top-left it would let the first query see one key; but the T queries are
+the *last* T tokens. So nobody counts indices: `visible_mask(query positions, key positions)` decides by position
+alone, `0 <= key position <= query position`.
 
     three stored, two new     keys       0 1 2 3 4
                               query 3    x x x x .
                               query 4    x x x x x
 
 A `StandIn` (given) takes the place of a part of the model. Write its forward pass for attention. In training mode it
-steps aside: return `self.part(x, mask)`, and do not touch the cache. In eval mode, the second line of the picture,
-with `self.positions(x)`, `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos,
+steps aside: `self.part(x, mask)`, and the cache stays untouched. In eval mode, the second line of the picture, with
+`self.positions(x)`, `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos,
 key_pos, self.cache.window, self.cache.sinks)`.
 """
 
@@ -1152,7 +1148,8 @@ def check_pieces(attention, split, x, expected):
     cache, start, pieces = KVCache(2, 8, 2, 2, 8), 0, []
     for count in split:
         piece = CachedAttention(attention, cache, 1)(x[:, start : start + count]).numpy()
-        assert piece.shape == (2, count, 32), f"{count} tokens: got shape {piece.shape}, expected {(2, count, 32)}; merge?"
+        assert piece.shape == (2, count, 32), (
+            f"{count} tokens: got shape {piece.shape}, expected {(2, count, 32)}; was merge forgotten?")
         pieces.append(piece)
         assert cache.seq_pos == start, f"seq_pos is {cache.seq_pos}: the layer must not commit, the model does"
         assert cache.pending_layers == [1], f"layers written: {cache.pending_layers}, expected [1], its layer_idx"
@@ -1163,8 +1160,8 @@ def check_pieces(attention, split, x, expected):
     assert not blind, "token 0 sees nothing at all: the newest token is hidden from itself"
     wrong = np.flatnonzero(np.abs(got - expected).max(axis=(0, 2)) > 1e-4).tolist()
     assert 0 not in wrong, (
-        f"pieces {split}: token 0 may see only itself and saw something else: is the mask's sign right? Are heads repeated, "
-        "not tiled?")
+        f"pieces {split}: token 0 may see only itself and saw something else: is the mask's sign right? "
+        "Are heads repeated, not tiled?")
     assert not wrong, f"pieces {split}: tokens {wrong} differ from the plain loops; what do they see of the past?"
 
 
@@ -1208,8 +1205,8 @@ The projections run on one token, whatever the history.)
 
 ## 8. Where a pass begins and ends
 
-The blocks are one half. At the start of a pass stands the position embedding: given the single token `e` it
-would add the row for position 0, as if the sentence had just begun. It has to count on from the cache:
+At the start of a pass stands the position embedding: given the single token `e` it would add the row for position
+0, as if the sentence had just begun. It has to count on from the cache:
 
     without a cache    a b c d e     positions 0 1 2 3 4
     with a cache               e     positions         4
@@ -1299,10 +1296,9 @@ Linear by a quantized one: each stand-in holds the old part, shares its weights,
     blocks[1].attention         -> CachedAttention(blocks[1].attention, cache, 1)
     norm                        -> CommittingNorm(norm, cache)
 
-Two things go wrong in practice: every stand-in shares one attention or one layer number, and a model that is
-joined twice gets stand-ins for stand-ins (`original` helps). The two cells behind the check are given:
-`attached` puts the parts in for a block of code, `enable_kv_cache` until further notice (**inference only**), and the
-very same old parts come back.
+Two things go wrong in practice: all stand-ins share one attention or one layer number, and a model joined twice
+gets stand-ins for stand-ins (`original` helps). The two cells behind the check are given: `attached` puts the parts
+in for a block of code, `enable_kv_cache` until further notice (**inference only**); the very same old parts come back.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-join", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1450,9 +1446,8 @@ def disable_kv_cache(model):
 """
 ## 10. Proof
 
-Does it compute the same? Two oracles. The model without a cache must give the same logits; and because cached and
-uncached share most of their code, so must `slow_gpt`, in plain loops. Small differences are rounding: the products
-are summed in another order.
+Does it compute the same? Two oracles: the model without a cache, and, because both share most of their code,
+`slow_gpt` in plain loops. Small differences are rounding: products are summed in another order.
 """
 
 # %% nbgrader={"grade": true, "grade_id": "17-equal-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
@@ -1493,9 +1488,9 @@ keep a fixed system prompt at the front, and never edit it.
 
 ## 11. Speed
 
-The work we can count: per token row, two operations for each weight of the blocks, and 4 * E * S for its scores and
-its mixture over S keys; the head once per new token. If only arithmetic mattered, the ratio of the two counts would
-be the speed-up.
+The work we can count: per token row, two operations for each weight of the blocks, and 4 * E * S in each layer for
+scores and mixture over S keys; the head once per new token. If only arithmetic mattered, the ratio of the counts
+would be the speed-up.
 
 *Predict:* will the measured speed-up be smaller than the counted one, or larger? For which prompts is the gap widest?
 """
@@ -1552,14 +1547,12 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Where the measured speed-up stays below the count, the lower table says why: with the cache the machine does
-fewer operations *per second*. A pass over many tokens multiplies matrices: each weight, once read, serves all
-rows. A pass over one token multiplies a vector with a matrix: each weight is read for two operations, and the
-rest of the time the processor waits for memory. On top comes the fixed cost of the calls into NumPy.
+The lower lines explain the gap: with the cache the machine does fewer operations *per second*. A pass over many
+tokens multiplies matrices: each weight, once read, serves all rows. A pass over one token multiplies a vector with
+matrices: each weight is read for two operations, and the processor waits for memory, and for the calls into NumPy.
 
-So a cache turns the cost **per token** from "all tokens so far, through everything" into "one token, plus
-reading the cache". The whole text still costs more than linearly: S grows in `attend`, slowly, and in both
-ways.
+So the cost **per token** falls from "all tokens so far, through everything" to "one token, plus reading the cache".
+The whole text still costs more than linearly: S grows in `attend`, either way.
 
 *Look back.* When is the cache no gain? (Run `analyze_kvcache_speedup(lengths=(1, 2, 4), max_new_tokens=2)`.)
 
@@ -1642,21 +1635,20 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Sharing heads pays, and an old model can learn it: Ainslie et al. (*GQA*, EMNLP 2023) average the key heads and the
-value heads of each group of a trained multi-head model, and train on with 5 % of the original compute.
+value heads of each group of a trained multi-head model, and train on with 5 % of the original compute. The last
+three lines: a server must refuse a cache *before* memory runs out, and lesson 14's tracker counts for it.
 
 *Look back.* Weights are shared by all who are served; a cache belongs to one conversation. How many conversations of
-8192 tokens with Llama-3-70B fit into 80 GB beside nothing else? (`80e9 //
-KNOWN_MODELS["Llama-3-70B"].calculate_size()`.) The last three lines show how a server refuses a cache *before* memory
-runs out: lesson 14's tracker counts.
+8192 tokens with Llama-3-70B fit into 80 GB? (`80e9 // KNOWN_MODELS["Llama-3-70B"].calculate_size()`.)
 """
 
 # %% [markdown]
 """
 ## 13. Prompts and rows of different length
 
-Reading a prompt is called *prefill*: many tokens in one pass, in large matrix products. A long prompt is often
-cut in chunks, to bound the memory of its scores (T x S). The result is the same, for any size of chunk. In a
-batch, prompts have different lengths, padded on the right; a chunk then holds, of each row, what falls into it:
+Reading a prompt is called *prefill*: many tokens in one pass. A long prompt is cut in chunks, to bound the memory
+of its scores (T x S); the result is the same. In a batch, prompts of different length are padded on the right, and a
+chunk holds, of each row, what falls into it:
 
     n_new = [5, 2], chunk = 3     row 0   a b c | d e .      valid in this chunk   3 | 2
                                   row 1   p q . | . . .                            2 | 0
@@ -1738,22 +1730,21 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* The short rows' padding went through the model too, as work for nothing. What would it cost to
-prefill prompts of 5 and 500 tokens as one batch? (Two rows of 500: `2 * token_rows(500, 1, cached=True)`, of which
-505 are real. Lesson 23 packs them better.)
+*Look back.* Padding went through the model too, for nothing. What does it cost to prefill prompts of 5 and 500
+tokens as one batch? (`2 * token_rows(500, 1, cached=True)`; 505 of them are real. Lesson 23 packs better.)
 
 ## 14. Rollback and reorder
 
-A small model may guess four tokens, and the large one accept two: the other two must go (lesson 24). `truncate`
-cuts the lengths; but what about the bytes? We keep a simple promise: **what is not a token is zero**. Then a
-layer that is skipped reads zeros, and never the ghost of a forgotten token. Lengths [5, 3], cut to [3, 3], clears
-from `starts` [3, 3] to `stops` [5, 3]; `write_tokens` is the worked sibling:
+A small model guesses four tokens, the large one accepts two: the other two must go (lesson 24). `truncate` cuts the
+lengths; what about the bytes? Our promise: **what is not a token is zero**. So a skipped layer reads zeros, never
+the ghost of a forgotten token. To cut [5, 3] to [3, 3] is to clear from `starts` [3, 3] to `stops` [5, 3];
+`write_tokens` is the worked sibling:
 
     row 0   a b c d e .    ->    a b c . . .
     row 1   p q r . . .    ->    p q r . . .
 
-Beam search keeps the best of several continuations: row 0 may go on from what was row 1, and so may row 2. Done row
-by row, in place, it fails: with [1, 0, 1], row 0 is overwritten before row 1 has read it.
+Beam search keeps the best continuations: rows 0 and 2 may both go on from what was row 1. Done row by row, in place,
+it fails: with [1, 0, 1], row 0 is overwritten before row 1 has read it.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-rows", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1829,10 +1820,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* What would a rollback cost without a cache? (Nothing: there is nothing to forget. Memory of the
-past is what makes changing it a question.) And a pass that fails half-way? `abandon` is the same move, clear
-what is pending, and your `CountingPositions` calls it when the next pass begins. A check without a hole; one
-block is broken on purpose.
+And a pass that fails half-way? `abandon` is the same move: clear what is pending. Your `CountingPositions` calls it
+when the next pass begins. A check without a hole; one block is broken on purpose.
 """
 
 # %% nbgrader={"grade": true, "grade_id": "17-failed-pass-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
@@ -1860,12 +1849,13 @@ if __name__ == "__main__":
 """
 ## 15. Training mode and gradients
 
-**A cache is for inference only.** In training every position predicts its successor at once: there is no "next
-token" to wait for, and nothing to save. Worse, keys out of the store are plain numbers: no gradient would flow
-back through them, silently, and the weights change with every step, so that stored keys belong to a model that
-no longer exists. Therefore: in `model.train()` an enabled cache is bypassed; `cache=` in training mode is an
-error; `generate` switches to eval mode, records nothing, and switches back. This check has no hole of its own:
-your parts must keep the promise.
+**A cache is for inference only.** Training predicts every position at once: there is nothing to save. Worse, keys out
+of the store are plain numbers, through which no gradient flows, and no error says so
+(`KVCache(1, 8, 1, 2, 4).get(0)[0].requires_grad`); and after an optimizer step they belong to a model that no longer
+exists.
+
+So in `model.train()` an enabled cache is bypassed, `cache=` is an error, and `generate` switches to eval mode and back.
+A check without a hole: your parts must keep the promise.
 """
 
 # %% nbgrader={"grade": true, "grade_id": "17-training-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
@@ -1901,8 +1891,8 @@ if __name__ == "__main__":
 """
 ## 16. Common mistakes
 
-How would you notice one? Each mistake here replaces one of your functions by a version that looks right, and
-runs a prompt of 4 tokens and 3 single ones. None raises an error. The model still talks, only not what it should say.
+Each mistake here replaces one of your functions by a version that looks right, and runs a prompt of 4 tokens and 3
+single ones. None raises an error: the model still talks, only not what it should say.
 
 *Predict:* for which of them is the whole prompt still right, and only what is generated wrong?
 """
@@ -1952,9 +1942,9 @@ if __name__ == "__main__":
 
 ## 17. Pictures
 
-First the cache over time: which slots hold a token after each pass (`#` prompt, `o` generated, `.` empty), and
-the bytes in use. Then attention over the cached positions: how much the newest token of each pass looks at each key,
-head by head, in the last layer. The staircase is the cache growing by one.
+First the cache over time: the slots after each pass (`#` prompt, `o` generated, `.` empty), and the bytes in use.
+Then how much the newest token of each pass looks at each cached position, head by head, in the last layer. The
+staircase is the cache, growing by one.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-measure-timeline", "locked": true, "schema_version": 3, "solution": false, "task": false}
@@ -2055,14 +2045,14 @@ if __name__ == "__main__":
 """
 ## 18. Serving
 
-A server reads prompts and writes answers for many at once. The part that it runs most is small enough to read
-in one piece: attention for T tokens over a cache that *already holds them*. First a cache of one layer on its
-own, the form that most programs begin with, given. It has no two steps: it appends.
+What a server runs most is small enough to read in one piece: attention for T tokens over a cache that *already
+holds them*. First, given, the cache of one layer on its own, the form that most programs begin with. It has no two
+steps: it appends.
 
-What you write is the body: queries from `x @ w_q`, cut into heads of D (the reshape is given), the mask, attention, `@
-w_o`. Row b holds `lengths[b]` tokens; the T queries are its last T. `scaled_dot_product_attention(query, key,
-value, visible)` of lesson 12 shares heads by itself and gives a Tensor; return its array. If you write the formula out instead:
-`np.sqrt(8)` is a float64 scalar and makes every score float64; `8**0.5` does not.
+`attend_last` is yours. Row b holds `lengths[b]` tokens, the T queries are its last T: make the mask from their
+positions. `scaled_dot_product_attention(query, key, value, visible)` of lesson 12 shares heads by itself and gives a
+Tensor; return its array. Writing the formula out instead? `np.sqrt(8)` is a float64 scalar and makes every score
+float64; `8**0.5` does not.
 """
 
 # %%
@@ -2290,9 +2280,8 @@ if __name__ == "__main__":
 Decoding alone, each weight is read for one row; in a batch it serves all rows, and the throughput grows. Memory
 grows with it, and ends it. What serving still lacks, and where the course goes on:
 
-* **Eviction.** A conversation outgrows the memory: keep a window of the newest tokens and the first few, or
-  those that attention looks at. Lesson 22 does, and stores keys in 8 or 4 bits. `positions`, not slots, is what
-  makes it possible.
+* **Eviction.** A conversation outgrows the memory: keep the newest tokens and the first few, or those that attention
+  looks at. Lesson 22 does, and stores keys in 8 or 4 bits. Positions in place of slots make it possible.
 * **Paging.** Every row here reserves max_seq_len slots, used or not. Lesson 23 cuts memory into blocks and
   hands them out on demand.
 * **Prefix sharing.** A thousand conversations begin with the same instructions. Lesson 23 stores them once.
@@ -2355,7 +2344,10 @@ And what is not a token is zero.
 **Exercises.** (1) Make `enable_kv_cache(model, dtype=np.float16)` and measure both error and speed. (2) Prefill
 in chunks of 1, 8 and 64, measure, and explain the optimum. (3) Store four prompts of one prefix: how many bytes
 are double?
+"""
 
+# %% [markdown]
+"""
 **A design note.** Our store reserves max_seq_len slots per row. The authors of vLLM measured what that costs in
 serving systems that did the same: between 20.4 % and 38.2 % of the cache memory held the state of tokens, the
 rest was reserved or fragmented (Kwon et al., *Efficient Memory Management for Large Language Model Serving with
