@@ -136,7 +136,7 @@ def test_a_notebook_without_cells_earns_nothing(bench):
 
 
 def test_a_deleted_check_is_not_passed(bench):
-    lesson = bench.write("#check\nassert True", "#check\nassert 1 == 1")
+    lesson = bench.write("#check\nassert 1 + 1 == 2", "#check\nassert 1 == 1")
     del bench.raw[1]
     bench.save()
     run = run_notebook(lesson, limits=QUICK)
@@ -239,7 +239,7 @@ def test_the_surroundings_are_private(bench, monkeypatch, tmp_path):
 
 def test_a_loop_that_never_ends_is_interrupted_and_the_rest_runs(bench):
     started = time.monotonic()
-    run = bench.run("while True:\n    pass", "#check\nassert True", limits=Limits(seconds=60, cell_seconds=2))
+    run = bench.run("while True:\n    pass", "#check\nassert 1 + 1 == 2", limits=Limits(seconds=60, cell_seconds=2))
     assert time.monotonic() - started < 40
     assert run.problem.startswith("Cell 1: took longer than 2 seconds") and "loop that never ends" in run.problem
     assert run.checks[0].passed and not run.passed
@@ -247,7 +247,7 @@ def test_a_loop_that_never_ends_is_interrupted_and_the_rest_runs(bench):
 
 def test_a_check_that_meets_an_endless_loop_is_not_passed(bench):
     limits = Limits(seconds=60, cell_seconds=2)
-    run = bench.run("def f():\n    while True: pass", "#check\nf()", "#check\nassert True", limits=limits)
+    run = bench.run("def f():\n    while True: pass", "#check\nf()", "#check\nassert 1 + 1 == 2", limits=limits)
     assert [check.passed for check in run.checks] == [False, True]
     assert "Took longer than 2 seconds" in run.checks[0].message
 
@@ -262,7 +262,7 @@ STUBBORN = [
 @pytest.mark.parametrize("source", STUBBORN)
 def test_a_loop_that_cannot_be_interrupted_is_ended(bench, source):
     started = time.monotonic()
-    run = bench.run(source, "#check\nassert True", limits=Limits(seconds=60, cell_seconds=2))
+    run = bench.run(source, "#check\nassert 1 + 1 == 2", limits=Limits(seconds=60, cell_seconds=2))
     assert time.monotonic() - started < 40
     assert "Cell 1 took longer than 2 seconds" in run.problem and "loop that never ends" in run.problem
     assert run.earned == 0 and run.checks[0].message == "Not reached: the run ended in cell 1."
@@ -270,7 +270,7 @@ def test_a_loop_that_cannot_be_interrupted_is_ended(bench, source):
 
 def test_the_whole_run_has_a_limit_too(bench):
     started = time.monotonic()
-    run = bench.run(*["while True: pass"] * 50, "#check\nassert True", limits=Limits(seconds=6, cell_seconds=2))
+    run = bench.run(*["while True: pass"] * 50, "#check\nassert 1 + 1 == 2", limits=Limits(seconds=6, cell_seconds=2))
     assert time.monotonic() - started < 40
     assert "was stopped in cell" in run.problem and "a run may take 6 seconds" in run.problem
     assert run.earned == 0 and not run.passed
