@@ -40,6 +40,9 @@ def run(app, arguments: list[str]) -> int:
     except OSError as error:  # no rights, no room, a file where a folder should be
         if os.environ.get("TITO_DEBUG"):
             raise
+        if error.args and isinstance(error.args[0], list):  # of shutil: every file that could not be copied
+            _, name, why = error.args[0][0]
+            error = OSError(f"{name}: {str(why).split(': ')[0]}")
         where = f"{error.filename}: " if error.filename else ""
         show.problem(f"{where}{error.strerror or error}.", "`tito doctor` looks for what is wrong here.", json)
         return 1

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tito import guard
+
 
 def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -168,3 +170,16 @@ def test_a_reader_that_leaves_early_is_no_error(course):
     command = f'"{sys.executable}" -m tito module list | head -n 1'
     done = subprocess.run(command, shell=True, cwd=course.root, capture_output=True, encoding="utf-8", timeout=60)
     assert done.stdout.startswith("Mini") and done.stderr == ""
+
+
+def test_files_that_could_not_be_copied_are_one_sentence(course, monkeypatch, capsys):
+    """shutil.copytree collects all its errors in one list; where the disk is full that is every file."""
+    why = "[Errno 28] No space left on device: '/from/{0}' -> '/to/{0}'"
+    failed = [(f"/from/{name}", f"/to/{name}", why.format(name)) for name in ("one.py", "two.py")]
+
+    def full_disk(*arguments, **options):
+        raise shutil.Error(failed)
+
+    assert guard.run(full_disk, ["status"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("tito: /to/one.py: [Errno 28] No space left on device.") and "two.py" not in said

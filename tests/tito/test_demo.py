@@ -1,8 +1,12 @@
 """The main job as a user runs it: `tito demo`, `tito generate`, `tito explore`."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +140,40 @@ def test_a_damaged_checkpoint_gets_a_clear_sentence(real_course):
     result = real_course.tito("generate", PROMPT, "--checkpoint", str(damaged))
     assert result.returncode == 1
     assert "damaged.safetensors" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_said_and_spoils_nothing(real_course):
+    pytest.importorskip("matplotlib")
+    in_the_way = real_course.root / "out"
+    in_the_way.write_text("a file where the folder should be")
+    arguments = ["--checkpoint", str(CHECKPOINT), "--prompt", PROMPT, "--new", "3", "--compare"]
+    result = subprocess.run(
+        [sys.executable, "-m", "tito.jobs.generate", *arguments, "--plot", str(in_the_way / "plot.png")],
+        cwd=real_course.root, capture_output=True, encoding="utf-8", timeout=240,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(real_course.root), str(REPOSITORY)])},
+    )  # fmt: skip
+    assert result.returncode == 0 and "The two texts are the same" in result.stdout, result.stderr
+    assert "No plot: " in result.stdout and "Traceback" not in result.stderr
+
+
+def test_a_page_that_cannot_be_written_gets_one_sentence(real_course):
+    folder = real_course.root / "cache.html"
+    folder.mkdir()
+    result = real_course.tito("explore", "kv-cache", "--tokens", "3", "--out", str(folder))
+    assert result.returncode == 1
+    assert "cache.html" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
+def test_ctrl_c_while_it_generates_ends_in_one_line(real_course):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tito", "generate", PROMPT, "--no-cache", "--tokens", "240"],
+        cwd=real_course.root, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.read(len(PROMPT))  # it writes: past all imports
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.decode().strip() == "tito: stopped."
 
 
 def test_explore_writes_one_page(real_course):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tinytorch.viewer.cache_explorer import CacheExplorer
-from tito.jobs import language
+from tito.jobs import language, words
 
 
 def main() -> int:
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.exit_with(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
-from tito.jobs import language
+from tito.jobs import language, words
 
 LENGTHS = (32, 64, 128, 256)
 
@@ -141,8 +141,12 @@ def plot(model, tokenizer, prompt: list[int], path: Path) -> None:
              title=f"GPT, {model.num_layers} layers of width {model.embed_dim}: time per generated token")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except OSError as error:  # the figures above stand without it
+        print(f"\nNo plot: {path} cannot be written ({error.strerror or error}).")
+        return
     print(f"\nPlot: {path}")
 
 
@@ -209,4 +213,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.exit_with(main)

@@ -19,7 +19,7 @@ from tinytorch.core.tensor import manual_seed
 from tinytorch.core.training import CosineSchedule, Trainer
 from tinytorch.models.transformer import GPT
 from tinytorch.text.tokenization import BPETokenizer
-from tito.jobs import language
+from tito.jobs import language, words
 
 SIZES = {"vocab_size": 1024, "embed_dim": 128, "num_layers": 4, "num_heads": 4, "max_seq_len": 256}
 SEED, BATCH_SIZE, MAX_LR = 17, 8, 4e-3
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    words.exit_with(main)

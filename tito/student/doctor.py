@@ -172,6 +172,8 @@ def which_package(course: Course) -> Finding:
         "A notebook that `tito module start` opens uses this course's package, and so does every run of tito. "
         f"Before you start Jupyter in another way, set PYTHONPATH to {course.root}."
     )
+    if found is None:  # the folder was moved or renamed after `pip install -e .`
+        advice += f" For good: `{sys.executable} -m pip install -e .` in that folder."
     return Finding("tinytorch", "note", f"Python finds {found}" if found else "Python does not find it", advice)
 
 
