@@ -170,7 +170,8 @@ class TestWhatEveryCacheDoes:
     def test_no_ghost_of_a_forgotten_or_pending_token_is_ever_read(self, call):
         cache = KVCache(2, 8, 2, 2, 4)
         store(cache, *tokens(3))
-        cache.update(0, *tokens(4, seed=1))
+        for layer in range(2):
+            cache.update(layer, *tokens(4, seed=1))
         call(cache)
         assert cache.pending_layers == []
         kept = cache.seq_pos
@@ -178,7 +179,7 @@ class TestWhatEveryCacheDoes:
         cache.update(0, ones, ones)
         cache.advance()  # layer 1 was skipped
         key, value = cache.get(1)
-        assert key.shape == (2, 2, kept + 5, 4)
+        assert key.shape == value.shape == (2, 2, kept + 5, 4)
         assert not key.data[:, :, kept:].any() and not value.data[:, :, kept:].any()
 
     def test_an_interrupt_in_the_middle_of_a_write_changes_nothing(self, monkeypatch):
@@ -701,6 +702,18 @@ class TestModelSide:
         twin([[1, 2]])
         model([[1, 2]])
         assert twin._kv_cache.seq_lens == [2] and model._kv_cache.seq_lens == [0]
+
+    def test_layer_l_of_the_cache_holds_what_block_l_projects(self):
+        model, ids = random_gpt(), ids_for((2, 4))
+        cache = cache_of(model, 2)
+        x = model.position_embedding(model.token_embedding(ids))
+        model(ids, cache=cache)
+        for layer, block in enumerate(model.blocks):
+            _, *projected = block.attention.project(block.norm1(x))
+            for part, expected in zip(cache.get(layer), projected, strict=True):
+                assert part.shape == expected.shape == (2, 2, 4, 8)
+                np.testing.assert_allclose(part.data, expected.data, atol=1e-5, err_msg=f"layer {layer}")
+            x = block(x)
 
     def test_state_dict_is_equal_in_names_and_numbers(self):
         model = random_gpt()
