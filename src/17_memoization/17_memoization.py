@@ -963,8 +963,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 *Look back: the forgotten advance.* It is the most common mistake with such a cache. What happens without it?
-The next pass would write over the tokens of this one, and every position would be one too small. Here the
-ledger sees it:
+The next pass writes over the tokens of this one, at positions that were taken. The ledger sees it, where nobody
+has called `abandon` in between; section 16 shows it in a model, where nothing says a word.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "17-measure-advance", "locked": true, "schema_version": 3, "solution": false, "task": false}
@@ -1918,6 +1918,12 @@ def restarting(right, lengths, n_new, seq_len):
     return right([0] * len(lengths), n_new, seq_len)
 
 
+def forgets_advance(right, *args):
+    norm = right(*args)
+    norm.forward = lambda x: norm.part(x)
+    return norm
+
+
 def show_mistake(name, wrong):
     """Put `wrong` in the place of one function, run, and say what comes of it."""
     right, model, ids = globals()[name], random_gpt(), np.arange(1, 8)[None]
@@ -1926,19 +1932,20 @@ def show_mistake(name, wrong):
         enable_kv_cache(model)
         pieces = [model(piece).numpy() for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:])]
         errors = np.abs(np.concatenate(pieces, axis=1) - slow_gpt(model, ids)).max(axis=(0, 2))
-        print(f"{wrong.__name__:>13}: largest error of each token's logits {errors.round(1).tolist()}")
+        print(f"{wrong.__name__:>15}: largest error of each token's logits {errors.round(1).tolist()}")
     finally:
         globals()[name] = right
 
 
 if __name__ == "__main__":
     for name, wrong in [("write_tokens", late), ("visible_mask", hides_newest), ("visible_mask", mask_sign),
-                        ("visible_mask", top_left), ("next_positions", restarting)]:
+                        ("visible_mask", top_left), ("next_positions", restarting),
+                        ("CommittingNorm", forgets_advance)]:
         show_mistake(name, wrong)
 
 # %% [markdown]
 """
-`top_left` and `restarting`: a test that looks at prompts only never finds them. So section 10 compares in pieces.
+The last three: a test that looks at prompts only never finds them. So section 10 compares in pieces.
 
 ## 17. Pictures
 
