@@ -1013,10 +1013,12 @@ def test_unit_predict_shapes():
         cache.advance()
     scores = np.repeat(key.numpy(), 2, axis=1) @ query.numpy().swapaxes(-1, -2)  # (B, H, S, T)
     expected = (1, 4, 1, scores.shape[2])
-    assert tuple(predicted_query) == query.shape, f"query: got {predicted_query}, expected {query.shape}; only new tokens ask"
+    assert tuple(predicted_query) == query.shape, (
+        f"query: got {predicted_query}, expected {query.shape}; only new tokens ask")
     assert tuple(predicted_key) == key.shape, (
         f"key: got {predicted_key}, expected {key.shape}: stored heads, old tokens and the new one")
-    assert tuple(predicted_scores) == expected, f"scores: got {predicted_scores}, expected {expected}: per query, all keys"
+    assert tuple(predicted_scores) == expected, (
+        f"scores: got {predicted_scores}, expected {expected}: per query, all keys")
 
 
 if __name__ == "__main__":
