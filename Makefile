@@ -32,14 +32,20 @@ build: .venv/developer  ## build notebooks, package and index from src/
 clean:           ## remove the environment and everything that was made
 	rm -rf .venv .tito out build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TinyTorch needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 demo")'
-	$(PYTHON) -m venv .venv
+# An environment that a failed or interrupted run left half made is no environment, and its python is the system's.
+WHOLE := $(shell $(BIN)/python -c 'import pip, sys; print(sys.prefix != sys.base_prefix)' 2>/dev/null)
 
-.venv/student: pyproject.toml | .venv/bin/python
+.venv/bin/python: $(if $(filter True,$(WHOLE)),,anew)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TinyTorch needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv --clear .venv
+
+.PHONY: anew
+anew:
+
+.venv/student: pyproject.toml .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	@touch $@
 
-.venv/developer: pyproject.toml | .venv/bin/python
+.venv/developer: pyproject.toml .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,explore,grade,plot]'
 	@touch .venv/student $@
