@@ -111,7 +111,10 @@ class Watch:
             text = error.msg
         if len(text) > 4000:
             text = text[:4000] + " ..."
-        return {"name": type(error).__name__, "text": text, "place": self.place(error)}
+        name = type(error).__name__
+        if name.startswith("_") and isinstance(error, SyntaxError):  # Python 3.13 has a private kind of it
+            name = "SyntaxError"
+        return {"name": name, "text": text, "place": self.place(error)}
 
     def place(self, error: BaseException) -> dict | None:
         """The innermost line of student code, in the notebook or in the package."""
