@@ -182,18 +182,14 @@ def main() -> int:
 
 def describe(model, tokenizer, notes: dict[str, str]) -> None:
     """Where the checkpoint comes from, and its validation loss measured now, on this Python's text."""
-    from tinytorch.core.autograd import no_grad
-    from tinytorch.core.losses import cross_entropy
+    from tinytorch.core.losses import CrossEntropyLoss
+    from tinytorch.core.training import mean_loss
 
     _, validation = language.splits(tokenizer.encode(language.text()))
-    with no_grad():
-        losses = [
-            float(cross_entropy(model(inputs), targets).numpy())
-            for inputs, targets in language.validation_batches(validation, model.max_seq_len)
-        ]
+    loss = mean_loss(model, CrossEntropyLoss(), language.validation_batches(validation, model.max_seq_len))
     note = {"steps": "?", "text": "an unknown text", "seed": "?", "validation_loss": "?"} | notes
-    print(f"Checkpoint: {note['steps']} steps on {note['text']}, seed {note['seed']}; validation loss "
-          f"{note['validation_loss']} when trained, {np.mean(losses):.4f} measured now (nats per token)")
+    print(f"Checkpoint: {note['steps']} steps on {note['text']}, seed {note['seed']};")
+    print(f"validation loss {note['validation_loss']} when trained, {loss:.4f} measured now (nats per token)")
 
 
 def parse() -> argparse.Namespace:

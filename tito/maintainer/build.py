@@ -132,7 +132,7 @@ def index_entry(lesson: Lesson) -> dict:
         if cell.is_check:
             points = raw[cell.number - 1]["metadata"]["nbgrader"]["points"]
             exercise = cell.grade_id.removeprefix(f"{lesson.number}-").removesuffix("-test")
-            title = titles.get(exercise, "The whole lesson" if exercise == "module" else exercise.replace("-", " "))
+            title = titles.get(exercise, "The whole lesson" if exercise == "module" else _words(exercise))
             checks.append({"id": cell.grade_id, "title": title, "points": points, "digest": digest(cell.source)})
     exercises = [
         {
@@ -159,6 +159,11 @@ def _exports(cell) -> list[str]:
     if cell is None or cell.kind != "code" or "export" not in directives(cell):
         return []
     return public_names(parse(cell))
+
+
+def _words(name: str) -> str:
+    """failed-pass -> Failed pass: the title of a check that has no exercise of its own."""
+    return name.replace("-", " ").capitalize()
 
 
 def _write(path: Path, text: str) -> list[Path]:
