@@ -143,7 +143,7 @@ def demo(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the GPT that comes with the course.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Train a GPT first, about two minutes.")] = False,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="With --train: how many steps.")] = 600,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --train: how many steps.")] = None,
     checkpoint: Checkpoint = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 120,
 ) -> int:
@@ -152,7 +152,8 @@ def demo(
 
     if quick and train:
         raise CourseError("--quick and --train exclude each other.", "Choose one.")
-    return job.run_demo(_course(), job.PROMPT if prompt is None else prompt, tokens, train, steps, checkpoint)
+    prompt, steps = job.PROMPT if prompt is None else prompt, steps or job.TRAINING_STEPS
+    return job.run_demo(_course(), prompt, tokens, train, steps, checkpoint)
 
 
 @app.command()
