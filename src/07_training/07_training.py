@@ -391,7 +391,7 @@ def mean_loss(model, loss_function, batches):
 def test_unit_mean_loss():
     """The oracle is one batch that holds all rows."""
     rng = np.random.default_rng(1)
-    model = Sequential(Linear(3, 2, rng=rng), Dropout(0.9))
+    model = Sequential(Linear(3, 2, rng=rng), Dropout(0.5, rng=rng))
     x, y = rng.standard_normal((7, 3)), rng.standard_normal((7, 2)) * np.arange(7)[:, None]
     got = mean_loss(model, mse_loss, [(x[:5], y[:5]), (x[5:], y[5:])])
     again = mean_loss(model, mse_loss, [(x[:5], y[:5]), (x[5:], y[5:])])

@@ -52,7 +52,8 @@ def test_softmax_is_a_distribution_along_any_dimension(x, data):
     assert (shares >= 0).all() and (logs <= 1e-6).all()
     np.testing.assert_allclose(shares.sum(axis=dim), 1, rtol=1e-5)
     np.testing.assert_allclose(np.exp(logs.astype(np.float64)), shares, rtol=1e-4, atol=1e-6)
-    assert np.array_equal(shares.argmax(axis=dim), logs.argmax(axis=dim))
+    winner = np.expand_dims(shares.argmax(axis=dim), dim)  # numbers that differ in the last bit may change places
+    np.testing.assert_allclose(np.take_along_axis(logs, winner, dim), logs.max(axis=dim, keepdims=True), atol=1e-6)
 
 
 @few
