@@ -186,7 +186,7 @@ def explore(
 
     if what != "kv-cache":
         raise CourseError(f"There is nothing to explore called '{what}'.", "`tito explore kv-cache` is there.")
-    return job.run_explore(_course(), prompt or demo.PROMPT, out, tokens, checkpoint)
+    return job.run_explore(_course(), demo.PROMPT if prompt is None else prompt, out, tokens, checkpoint)
 
 
 @dev.command()

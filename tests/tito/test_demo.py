@@ -123,6 +123,7 @@ def test_another_seed_makes_another_text(real_course):
         (["generate", PROMPT, "--checkpoint", "none.safetensors"], "There is no checkpoint"),
         (["explore", "kv-cache", "--out", "none/cache.html"], "There is no folder"),
         (["explore", "attention"], "nothing to explore"),
+        (["explore", "kv-cache", "--prompt", ""], "at least one of each is needed"),
         (["explore", "kv-cache", "--tokens", "300"], "max_seq_len=256"),
         (["demo", "--quick", "--train"], "exclude each other"),
         (["demo", "--checkpoint", "none.safetensors"], "There is no checkpoint"),

@@ -20,7 +20,7 @@ from tito.course.progress import is_reference
 def keep_notebooks(course: Course) -> None:
     """Keep a copy of each notebook that is still as released. `start`, `test` and `complete` call this first."""
     missing = [lesson for lesson in course.lessons if not _is_released(lesson, _read(kept_notebook(lesson)))]
-    texts = {kept_notebook(lesson): _read(lesson.notebook) for lesson in missing if _unchanged(lesson)}
+    texts = {kept_notebook(lesson): _read(lesson.notebook) for lesson in missing if is_unchanged(lesson)}
     if texts:
         with locked(course.root):
             for path, text in texts.items():
@@ -70,7 +70,8 @@ def reference(lesson: Lesson) -> str:
     )
 
 
-def _unchanged(lesson: Lesson) -> bool:
+def is_unchanged(lesson: Lesson) -> bool:
+    """Is the notebook in modules/ the one that was released? Line ends do not count."""
     return _is_released(lesson, _read(lesson.notebook))
 
 

@@ -16,8 +16,6 @@ from tinytorch.core.training import load_checkpoint, save_checkpoint
 from tinytorch.models.transformer import GPT
 from tinytorch.text.tokenization import BPETokenizer
 
-CHECKPOINT = Path(__file__).with_name("demo.safetensors")
-
 
 def text() -> str:
     """All topics, in the order of their names, with the lines of a paragraph joined."""
@@ -62,8 +60,6 @@ def validation_batches(ids: np.ndarray, seq_len: int, batch_size: int = 8) -> li
 def save(path: Path, model: GPT, config: dict, tokenizer: BPETokenizer, notes: dict[str, str]) -> None:
     """Weights as float16 (half the bytes; the loss stays as it is to three digits), the rest as JSON beside them."""
     tensors = {name: array.astype(np.float16) for name, array in model.state_dict().items()}
-    if model.head.weight is model.token_embedding.weight:
-        tensors.pop("head.weight", None)
     metadata = {"config": json.dumps(config), "tokenizer": json.dumps(tokenizer.to_dict()), **notes}
     save_checkpoint(path, tensors, metadata)
 
@@ -85,8 +81,6 @@ def _load(path: Path) -> tuple[GPT, BPETokenizer, dict[str, str]]:
         raise ValueError("it lacks the model's config and tokenizer; `tito demo --train` makes a whole one")
     model = GPT(**json.loads(metadata.pop("config")), rng=np.random.default_rng(0))
     tokenizer = BPETokenizer.from_dict(json.loads(metadata.pop("tokenizer")))
-    if "head.weight" not in tensors and "head.weight" in model.state_dict():
-        tensors["head.weight"] = tensors["token_embedding.weight"]
     model.load_state_dict({name: array.astype(np.float32) for name, array in tensors.items()})
     model.eval()
     return model, tokenizer, metadata

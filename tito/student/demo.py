@@ -50,7 +50,7 @@ def run_demo(
     """
     out = out or course.root / "out"
     if checkpoint and not train:
-        _require(checkpoint)  # now, not after a minute; and a mistyped name is no wish to train
+        require_checkpoint(checkpoint)  # now, not after a minute; and a mistyped name is no wish to train
     with tempfile.TemporaryDirectory(prefix="tito-demo-") as folder:
         scratch = copy_course(course, Path(folder) / "course")
         code = play_the_student(course, course.lesson(CACHE_LESSON), scratch)
@@ -86,7 +86,7 @@ def run_generate(
     seed: int | None = None,
 ) -> int:
     """Continue `prompt` on the learner's package; returns the exit code."""
-    checkpoint = _require(checkpoint or CHECKPOINT)
+    checkpoint = require_checkpoint(checkpoint or CHECKPOINT)
     arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]
     arguments += ["--temperature", str(temperature)] + ([] if cache else ["--no-cache"])
     arguments += [] if top_k is None else ["--top-k", str(top_k)]
@@ -94,7 +94,7 @@ def run_generate(
     return run_job("generate", course.root, arguments)
 
 
-def _require(checkpoint: Path) -> Path:
+def require_checkpoint(checkpoint: Path) -> Path:
     """`checkpoint`, or a CourseError where there is no such file."""
     if not checkpoint.is_file():
         raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")

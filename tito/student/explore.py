@@ -6,14 +6,12 @@ from pathlib import Path
 
 from tito.course.errors import CourseError
 from tito.course.manifest import Course
-from tito.student.demo import CHECKPOINT, run_job
+from tito.student.demo import CHECKPOINT, require_checkpoint, run_job
 
 
 def run_explore(course: Course, prompt: str, out: Path, new_tokens: int = 32, checkpoint: Path | None = None) -> int:
     """Write the page to `out`, from the learner's package; returns the exit code."""
-    checkpoint = checkpoint or CHECKPOINT
-    if not checkpoint.is_file():
-        raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")
+    checkpoint = require_checkpoint(checkpoint or CHECKPOINT)
     if not out.absolute().parent.is_dir():
         raise CourseError(f"There is no folder {out.absolute().parent}.", "Make it, or give another --out.")
     arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]

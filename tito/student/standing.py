@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 
 from tito.course import notebook, progress, released
@@ -54,11 +53,8 @@ def _standing(lesson: Lesson, known: progress.Progress) -> Standing:
 
 
 def was_edited(lesson: Lesson) -> bool:
-    """Is the notebook another than the one that was released?"""
-    try:
-        return hashlib.sha256(lesson.notebook.read_bytes()).hexdigest() != lesson.notebook_digest
-    except OSError:
-        return False
+    """Is there a notebook, and another than the one that was released?"""
+    return lesson.notebook.is_file() and not released.is_unchanged(lesson)
 
 
 def unwritten(lesson: Lesson) -> list[str]:
