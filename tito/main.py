@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from tito.course.errors import CourseError
+from tito.instructor.cli import grade
 
 HELP = """TinyTorch: build a deep-learning framework in NumPy, lesson by lesson.
 
@@ -30,11 +31,12 @@ class _Ordered(typer.core.TyperGroup):
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-ORDER = ["module", "status", "doctor", "demo", "generate", "explore", "dev"]
+ORDER = ["module", "status", "doctor", "demo", "generate", "explore", "grade", "dev"]
 app = typer.Typer(**STYLE, cls=_Ordered, invoke_without_command=True, help=HELP)
 module = typer.Typer(**STYLE, invoke_without_command=True, help="Work on a lesson.")
 dev = typer.Typer(**STYLE, invoke_without_command=True, help="For those who write lessons.")
 app.add_typer(module, name="module")
+app.add_typer(grade, name="grade")
 app.add_typer(dev, name="dev")
 
 LessonName = Annotated[str, typer.Argument(metavar="LESSON", help="17, memoization or 17_memoization.")]
