@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 
 from tito.course import source
-from tito.course.errors import CourseError
-from tito.course.export import directives, module_source, parse, public_names
+from tito.course.export import directives, parse, public_names
 from tito.course.files import write_atomic
 from tito.course.manifest import INDEX, Lesson
-from tito.course.notebook import cells_of, digest, to_text
-
-ORIGIN = "Built from {path} by `tito dev build`: change it there, not here."
+from tito.course.notebook import cells_of, digest
+from tito.course.student_version import notebook_text, reference_text
 
 
 def build(root: Path, numbers: list[str] | None = None) -> list[Path]:
@@ -35,80 +32,6 @@ def build(root: Path, numbers: list[str] | None = None) -> list[Path]:
 def built_files(lesson: Lesson) -> dict[Path, str]:
     """What the build makes of one lesson: its notebook and its reference file, as texts."""
     return {lesson.notebook: notebook_text(lesson), lesson.package_file: reference_text(lesson)}
-
-
-def notebook_text(lesson: Lesson) -> str:
-    """The student's notebook: nbgrader's own preprocessors remove solutions, hidden tests and outputs."""
-    # nbgrader's logger writes to the terminal while it loads; it has nothing to say to a maintainer.
-    logging.disable(logging.CRITICAL)
-    try:
-        from nbgrader.preprocessors import (
-            CheckCellMetadata,
-            ClearHiddenTests,
-            ClearOutput,
-            ClearSolutions,
-            ComputeChecksums,
-            LockCells,
-        )
-    except ImportError:
-        raise CourseError(
-            "Building needs nbgrader, which is not installed.", "Run `pip install -e '.[dev,grade]'`."
-        ) from None
-    finally:
-        logging.disable(logging.NOTSET)
-    notebook = source.notebook_of(lesson)
-    titles = {f"{lesson.number}-{entry['id']}": entry["title"] for entry in source.exercises(lesson)}
-    steps = [CheckCellMetadata(), LockCells(), _Holes(ClearSolutions(), titles), ClearHiddenTests(), ClearOutput()]
-    for step in [*steps, ComputeChecksums()]:
-        notebook, _ = step.preprocess(notebook, {})
-    for cell in notebook.cells:
-        cell.source = cell.source.rstrip()
-        for name in ("cell_marker", "lines_to_next_cell"):  # jupytext's notes on the layout of the source
-            cell.metadata.pop(name, None)
-        if cell.cell_type == "code":
-            cell.execution_count = None
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = {
-        "kernelspec": kernel, "language_info": {"name": "python"}, "tinytorch": {"lesson": lesson.number}
-    }
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    plain = json.loads(json.dumps(notebook))
-    for cell in plain["cells"]:
-        cell["source"] = cell["source"].splitlines(keepends=True)
-    return to_text(plain)
-
-
-class _Holes:
-    """nbgrader's ClearSolutions, cell by cell, so that each hole's stub names its exercise."""
-
-    def __init__(self, clear, titles: dict[str, str]):
-        self.clear, self.titles = clear, titles
-
-    def preprocess(self, notebook, resources):
-        for number, cell in enumerate(notebook.cells):
-            grading = cell.metadata.get("nbgrader", {})
-            if grading.get("solution"):
-                self.clear.code_stub = {"python": stub(grading["grade_id"], self.titles.get(grading["grade_id"]))}
-                notebook.metadata.setdefault("kernelspec", {})["language"] = "python"
-                resources["language"] = "python"
-                notebook.cells[number], resources = self.clear.preprocess_cell(cell, resources, number)
-        return notebook, resources
-
-
-def stub(grade_id: str, title: str | None) -> str:
-    """What is left of a solution: an error that names the exercise and the command for a hint."""
-    number, exercise = grade_id.split("-", 1)
-    return (
-        "# Your code here.\n"
-        f'raise NotImplementedError("Exercise {grade_id} ({title or exercise}) is still to be written. "\n'
-        f'                          "A hint: tito module hint {number} {exercise}")'
-    )
-
-
-def reference_text(lesson: Lesson) -> str:
-    """The reference file of the package."""
-    origin = ORIGIN.format(path=lesson.source.relative_to(lesson.root).as_posix())
-    return module_source(lesson, source.cells(lesson), origin)
 
 
 def index_text(root: Path, lessons: list[Lesson], chosen: list[Lesson]) -> str:
