@@ -78,7 +78,7 @@ def problem_of_run(story, where: dict[int, str], limits, last_words: str) -> str
         return f"The run was stopped in {cell}: it printed {much}."
     if why == "memory":
         return f"The run was stopped in {cell}: it used more than {limits.memory_bytes / 2**30:g} GiB of memory."
-    return f"The kernel died in {cell}: {_death(story.stopped['code'])}."
+    return f"The kernel died in {cell}: {death(story.stopped['code'])}."
 
 
 def is_problem(event: dict) -> bool:
@@ -103,7 +103,7 @@ def problem_of_tests(timed_out: bool, running: str, limits, last_words: str) -> 
     return f"The progressive tests ended by themselves{where}{f': {last_words}' if last_words else ''}."
 
 
-def _death(code: int | None) -> str:
+def death(code: int | None) -> str:
     if code is None:
         return "the reason is unknown"
     if code >= 0:

@@ -65,6 +65,12 @@ class Assignment:
     def max_score(self) -> float:
         return sum(cell.points for cell in self.checks)
 
+    @property
+    def modules(self) -> list[str]:
+        """Dotted names of the modules in `package`."""
+        files = [name for name in self.package if not name.endswith("__init__.py")]
+        return [name.removesuffix(".py").replace("/", ".") for name in files]
+
     def as_text(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 

@@ -54,8 +54,8 @@ def transplant(assignment: Assignment, notebook: dict) -> tuple[tuple[RunCell, .
         if index in home or not cell.source.strip():
             continue
         if cell.grading.get("grade") or cell.grading.get("locked"):
-            what = f"'{cell.grade_id}'" if cell.grade_id else "without a name"
-            findings.append(f"A cell {what} calls itself graded or locked and is not part of the lesson: it earns nothing.")
+            name = cell.grade_id or "without a name"
+            findings.append(f"A cell ({name}) calls itself graded or locked, and the lesson has none such: no points.")
         own.setdefault(before, []).append(RunCell(cell.kind, "own", cell.source))
     result = list(own.get(-1, []))
     for number, cell in enumerate(cells):

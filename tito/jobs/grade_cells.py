@@ -6,14 +6,15 @@ The runner (tito/instructor/run.py) sits at the other end of standard input and 
     {"do": "cell",  "token": …, "id": 3, "source": …, "given": true, "forget": [names], "seconds": 30}
     {"do": "check", "token": …, "id": 4, "source": …, "define": [sources], "control": false, "seconds": 30}
 
-and hears one line for each: {"token", "error", "output", "seconds", "late", "ended", "held"}. A cell runs here and
-leaves its names behind, as in a notebook. A check runs in a fork, on ground that is restored first: the modules that
-were loaded before any student code, the names that given cells defined, the definitions of earlier checks. What it
-changes is gone with the fork, and so is a process that it kills.
+and hears one line for each: {"token", "error", "output", "seconds", "late", "ended", "held", "made"}. A cell runs
+here and leaves its names behind, as in a notebook. A check runs in a fork, on ground that is restored first: the
+modules that were loaded before any student code, the names that given cells defined, the definitions of earlier
+checks. What it changes is gone with the fork, and so is a process that it kills.
 """
 
 from __future__ import annotations
 
+import _thread
 import builtins
 import gc
 import importlib
@@ -140,6 +141,7 @@ class Worker:
         sys.modules["__main__"] = self.main
         self.names: dict[str, int] = {}  # file name that a cell is compiled under -> its id
         self.given: dict[str, object] = {}  # names that the lesson's own cells bound
+        self.restored = True  # whether the ground is as it was
 
     def begin(self, request: dict) -> dict:
         self.seed = request["seed"]
@@ -161,6 +163,7 @@ class Worker:
         tape = Tape(self.output_limit)
         known = dict(self.main.__dict__) if request["given"] else {}
         reply = self.timed(request, lambda: self.execute(request["id"], request["source"], tape), tape)
+        self.restored = False
         if request["given"]:
             now = self.main.__dict__
             self.given |= {name: value for name, value in now.items() if known.get(name, self) is not value}
@@ -170,12 +173,15 @@ class Worker:
 
     def check(self, request: dict) -> dict:
         """Run a check in a fork and pass on what it says; a fork that says nothing has ended by itself."""
+        if not self.restored:  # here, for in the fork every object that is looked at is copied
+            self.ground.restore()
+            self.restored = True
         read, write = os.pipe()
-        sys.stdout.flush()
+        threads = _thread._count()  # a student's: the fork leaves them behind
         child = os.fork()
         if child == 0:
             os.close(read)
-            self.run_check(request, write)
+            self.run_check(request, write, threads)
         os.close(write)
         words = _listen(read, request["seconds"] + GRACE)
         os.close(read)
@@ -195,14 +201,14 @@ class Worker:
             return {"token": request["token"], "error": None, "output": "", "seconds": 0.0, "late": late, "held": None,
                     "ended": None if late else os.waitstatus_to_exitcode(status)}  # fmt: skip
 
-    def run_check(self, request: dict, write: int) -> None:
-        """In the fork: restore the ground, define what earlier checks defined, run, tell, and end at once."""
+    def run_check(self, request: dict, write: int, threads: int) -> None:
+        """In the fork: level the ground, define what earlier checks defined, run, tell, and end at once."""
         try:
             os.setpgid(0, 0)
             os.close(self.requests.fileno())
             os.close(self.replies)
-            self.ground.restore()
-            signal.signal(signal.SIGALRM, _late)
+            if threads:  # they can have changed something again
+                self.ground.restore()
             self.level()
             self.main.__dict__.update(self.given)
             self.main.__dict__["__name__"] = "earlier"  # defines test functions without calling them
@@ -227,12 +233,12 @@ class Worker:
     def timed(self, request: dict, run, tape: Tape) -> dict:
         """Run something within its seconds; the error, if any, in plain words."""
         error, late, before, streams = None, False, time.perf_counter(), (sys.stdout, sys.stderr)
-        held = None
+        told: dict = {"held": None, "made": None}
         try:
             signal.signal(signal.SIGALRM, _late)
             signal.setitimer(signal.ITIMER_REAL, request["seconds"], 0.5)  # again, if the first was swallowed
             try:
-                held = run()
+                told |= run() or {}
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Late:
@@ -241,7 +247,7 @@ class Worker:
             error = self.report(caught)
         sys.stdout, sys.stderr = streams
         return {"token": request["token"], "error": error, "output": tape.text(), "late": late, "ended": None,
-                "seconds": round(time.perf_counter() - before, 4), "held": held}  # fmt: skip
+                "seconds": round(time.perf_counter() - before, 4), **told}  # fmt: skip
 
     def execute(self, number: int, source: str, tape: Tape) -> None:
         """Compile and run one cell as `__main__`, with its output on `tape`."""
@@ -289,10 +295,10 @@ class Control:
     """A check whose expectations were made wrong (tito/instructor/controls.py): honest work fails every one."""
 
     def __init__(self, namespace: dict):
-        self.namespace, self.held = namespace, set()
+        self.namespace, self.held, self.made = namespace, set(), set()
 
-    def run(self, number: int, source: str, tape: Tape) -> list[int]:
-        """Run it to its end; which of its wrong claims held."""
+    def run(self, number: int, source: str, tape: Tape) -> dict:
+        """Run it to its end: which of its wrong claims were made, and which of them held."""
         self.namespace |= {"__name__": "__main__", "_tilt": tilt, "_claim": self.claim}
         sys.stdout = sys.stderr = tape
         try:
@@ -301,10 +307,11 @@ class Control:
             raise
         except BaseException:  # what follows a wrong claim may fail in any way
             pass
-        return sorted(self.held)
+        return {"held": sorted(self.held), "made": sorted(self.made)}
 
     def claim(self, number: int, say) -> None:
         """Wrong claim `number`: held where it is true, or where a call that should have refused it returned None."""
+        self.made.add(number)
         try:
             said = say()
             if said is None or bool(said):

@@ -1,0 +1,252 @@
+"""Runs one job in the sandbox and judges: the only place where a submission's code meets its checks.
+
+The worker inside (tito/jobs/grade_cells.py) hears one cell at a time and knows nothing of what follows. A check
+earns its points when it ran to its end and its control, sent in the same form and in random order, failed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tito.course import verdict
+from tito.course.errors import CourseError
+from tito.course.processes import private_folder
+from tito.instructor.assignment import Assignment
+from tito.instructor.executed import Executed, executed_notebook
+from tito.instructor.job import Job
+from tito.instructor.names import bound_names, earlier, imported_modules, python_of
+from tito.instructor.package import package_folder
+from tito.instructor.result import CheckGrade, Result
+from tito.instructor.session import GRACE, Gone, Session
+from tito.instructor.transplant import RunCell, transplant
+
+CONTROL_SECONDS = 10.0
+START_SECONDS = 60.0
+WORKERS = 8  # a cell that ends the worker is left out of the next one, so that the rest can still earn
+NOTEBOOK_CHARACTERS = 20_000_000
+UNTRUSTED = (
+    "This check cannot tell right from wrong in this notebook: it also accepts values that are wrong. It earns no "
+    "points until your instructor has looked at it."
+)
+
+
+def run_job(job: Job, assignment: Assignment, level: str) -> Result:
+    """Grade one submission: a row for every check, whatever the submission does."""
+    started = time.monotonic()
+    notebook, problem = _notebook(job)
+    if notebook is None:
+        checks = tuple(CheckGrade(cell.grade_id, cell.points, 0.0, problem) for cell in assignment.checks)
+        return Result(job.key, job.student, job.assignment, job.release, level, checks, problem, job.notes)
+    cells, findings = transplant(assignment, notebook)
+    run = _Run(job, assignment, cells, started + job.limits.seconds)
+    with package_folder(assignment, job.package) as package:
+        _all_cells(run, level, package)
+    checks = tuple(run.grade(cell.grade_id, cell.points) for cell in assignment.checks)
+    return Result(
+        job.key, job.student, job.assignment, job.release, level, checks, run.problem,
+        (*job.notes, *findings, *dict.fromkeys(run.notes)), tuple(dict.fromkeys(run.flags)),
+        executed_notebook(assignment, cells, run.executed, {check.id: check for check in checks}),
+        round(time.monotonic() - started, 3),
+    )  # fmt: skip
+
+
+def _notebook(job: Job) -> tuple[dict | None, str | None]:
+    """The submitted notebook, or None and the reason why there is none to run."""
+    again = "Hand in the notebook as Jupyter saves it."
+    if job.notebook is None:
+        return None, job.problem or "No notebook was handed in."
+    if len(job.notebook) > NOTEBOOK_CHARACTERS:
+        return None, f"The notebook is larger than {NOTEBOOK_CHARACTERS / 1e6:g} MB. Clear its outputs. {again}"
+    try:
+        notebook = json.loads(job.notebook.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        return None, f"The file is no notebook: it is not valid JSON{where}. {again}"
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        return None, f"The file is no notebook: it has no list of cells. {again}"
+    return notebook, None
+
+
+@dataclass
+class _Run:
+    """One submission on its way: what each cell came to, and what was noted. Cells are known by their index."""
+
+    job: Job
+    assignment: Assignment
+    cells: tuple[RunCell, ...]
+    deadline: float
+    executed: dict[int, Executed] = field(default_factory=dict)
+    guilty: set[int] = field(default_factory=set)  # cells that ended a worker
+    verdicts: dict[str, tuple[str, float]] = field(default_factory=dict)  # grade id -> message ("" passed), seconds
+    notes: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    def label(self, index: int) -> str:
+        name = self.cells[index].grade_id
+        return f"cell {index + 1}" + (f" ({name})" if name else "")
+
+    def sentence(self, error: dict) -> str:
+        return verdict.sentence(error, {n: self.label(n) for n in range(len(self.cells))}, self.job.limits)
+
+    def left(self, seconds: float) -> float:
+        return max(0.1, min(seconds, self.deadline - time.monotonic()))
+
+    def time_is_up(self, index: int) -> bool:
+        """Whether the run's time is over; says so once."""
+        if time.monotonic() < self.deadline:
+            return False
+        seconds = f"{self.job.limits.seconds:g}"
+        self.problem = f"The notebook was stopped in {self.label(index)}: a run may take {seconds} seconds."
+        return True
+
+    def grade(self, name: str, points: float) -> CheckGrade:
+        message, seconds = self.verdicts.get(name, (self.problem or "Not reached: the run ended before.", 0.0))
+        return CheckGrade(name, points, 0.0 if message else points, message, seconds)
+
+
+def _all_cells(run: _Run, level: str, package: Path) -> None:
+    """Run all cells in order; after a cell that ended the worker, go on behind it with a new one."""
+    first: int | None = 0
+    for _ in range(WORKERS):
+        with private_folder() as private:
+            session = Session(level, package, run.job.limits, private)
+            try:
+                first = _serve(run, session, first)
+            finally:
+                session.close()
+        if session.stray:
+            run.flags.append("Something in the notebook wrote to the grader's own pipe.")
+        if first is None:
+            return
+    run.problem = f"The run was given up in {run.label(first - 1)}: cells ended it {WORKERS} times."
+
+
+def _serve(run: _Run, session: Session, first: int) -> int | None:
+    """Run the cells in one worker, checks from `first` on. Where to go on with another worker; None at the end."""
+    try:
+        session.ask(run.left(START_SECONDS), do="begin", seed=run.job.seed, imports=_imports(run))
+    except Gone as gone:
+        raise CourseError(  # no student code has run yet: this is not a submission's fault, and no grade
+            f"The sandbox ({session.level}) did not start: {session.last_words() or gone.why}.",
+            "Run it again; `--jobs 1` needs less memory.",
+        ) from None
+    for index, cell in enumerate(run.cells):
+        if cell.kind != "code" or index in run.guilty or (index < first and cell.role == "check"):
+            continue
+        if run.time_is_up(index):
+            return None
+        try:
+            (_check if cell.role == "check" else _cell)(run, session, index)
+        except Gone as gone:
+            run.guilty.add(index)
+            _blame(run, index, gone)
+            return None if run.time_is_up(index) else index + 1
+    return None
+
+
+def _imports(run: _Run) -> list[str]:
+    """Modules of the reference to load before any student code, so that the ground can be restored to them."""
+    if run.job.package:  # some are the student's own
+        return []
+    wanted = {name for cell in run.assignment.cells for name in imported_modules(cell.released)}
+    return sorted(wanted & set(run.assignment.modules))
+
+
+def _cell(run: _Run, session: Session, index: int) -> None:
+    """Run a cell that is no check."""
+    cell = run.cells[index]
+    if not cell.source.strip() or "-measure-" in (cell.grade_id or ""):
+        return
+
+    def ask(source: str, given: bool, forget: list[str]) -> dict:
+        seconds = run.left(run.job.limits.cell_seconds)
+        return session.ask(
+            seconds + GRACE, do="cell", id=index, source=source, given=given, forget=forget, seconds=seconds
+        )
+
+    if cell.role in ("plain", "locked"):
+        reply = ask(cell.source, True, [])
+    elif cell.role == "hole":
+        reply = ask(python_of(cell.source), False, bound_names(cell.origin.released))
+    else:
+        reply = ask(python_of(cell.source), False, [])
+    if cell.role == "edited":  # the student's wording may add names; those that the lesson defines there are its own
+        ask(cell.origin.released, True, [])
+    run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
+    if reply["late"]:
+        run.notes.append(f"{_capital(run.label(index))}: {_small(verdict.late(run.job.limits))}")
+    elif reply["error"] and not (cell.role == "hole" and reply["error"]["name"] == "NotImplementedError"):
+        run.notes.append(f"{_capital(run.label(index))} failed: {run.sentence(reply['error'])}")
+
+
+def _check(run: _Run, session: Session, index: int) -> None:
+    """Run a check and its control, in random order."""
+    cell, control = run.cells[index], None
+    before = [each.source for each in run.cells[:index] if each.role == "check"]
+
+    def ask(source: str, seconds: float, is_control: bool) -> dict:
+        seconds = run.left(seconds)
+        return session.ask(
+            seconds + 2 * GRACE, do="check", id=index, source=source, control=is_control, seconds=seconds,
+            define=earlier(cell.source, before, quiet=is_control),
+        )  # fmt: skip
+
+    def ask_control() -> dict:
+        return ask(run.assignment.controls.get(cell.grade_id, (cell.source,))[0], CONTROL_SECONDS, True)
+
+    control_first = random.Random(f"{run.job.seed} {cell.grade_id}").random() < 0.5
+    if control_first:
+        control = ask_control()
+    reply = ask(cell.source, run.job.limits.cell_seconds, False)
+    message = _message(run, cell.grade_id, reply)
+    if not message and not control_first:
+        control = ask_control()
+    if not message and not _failed(control):
+        message = UNTRUSTED
+        run.flags.append(f"{cell.grade_id}: passes, and also accepts wrong values. Look at the code that it checks.")
+    run.verdicts[cell.grade_id] = (message, float(reply["seconds"]))
+    run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
+
+
+def _failed(control: dict) -> bool:
+    """Whether a control ended as it does on honest work: no claim held. A late one proves nothing."""
+    return control["late"] or (control["ended"] is not None) or control["held"] == []
+
+
+def _message(run: _Run, name: str, reply: dict) -> str:
+    """Why a check failed, as a sentence; empty where it passed."""
+    if reply["late"]:
+        return verdict.late(run.job.limits)
+    if reply["ended"] is not None:
+        return f"The check did not come to its end: {verdict.death(reply['ended'])}."
+    if reply["held"] is not None:  # only a control says what held
+        run.flags.append(f"{name}: the reply was not the worker's own.")
+        return UNTRUSTED
+    return run.sentence(reply["error"]) or "The check failed." if reply["error"] else ""
+
+
+def _blame(run: _Run, index: int, gone: Gone) -> None:
+    """A cell ended the worker, or the worker had to be ended in it: say so, and fail the check that it was."""
+    limits = run.job.limits
+    words = {
+        "late": verdict.late(limits),
+        "output": f"Printed more than {limits.output_bytes / 1e6:g} MB.",
+        "died": f"It ended the run: {verdict.death(gone.code)}.",
+    }[gone.why]
+    run.executed[index] = Executed("", {"name": "Ended", "text": words, "place": None}, gone.why == "late")
+    if run.cells[index].role == "check":
+        run.verdicts[run.cells[index].grade_id] = (words, 0.0)
+    run.notes.append(f"{_capital(run.label(index))} was left out: {_small(words)}")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _small(text: str) -> str:
+    return text[:1].lower() + text[1:]
