@@ -171,6 +171,30 @@ class Working:
             self._status.update(text)
 
 
+class Progress:
+    """A bar on a terminal, with a line for each thing that needs a look; in a pipe, a line for everything."""
+
+    def __init__(self, text: str, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console(), transient=True, disable=not console().is_terminal)
+        self._task = self._bar.add_task(text, total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def step(self, row: tuple[str, ...], bad: bool = False) -> None:
+        """One more is done; `row` tells which, how, and a remark, last."""
+        if row[-1] or not console().is_terminal:
+            console().print(wrapped(CONTROL.sub("", "  ".join(row))), style="bold red" if bad else None)
+        self._bar.advance(self._task)
+
+
 def crash(error: BaseException) -> None:
     """A mistake of ours: one line, and how to report it."""
     problem(

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from tito.course.errors import CourseError
 from tito.instructor.sandbox import Limits
 
 VERSION = 1  # of the way of grading: a higher one makes every submission run anew
@@ -47,3 +49,11 @@ def from_text(text: str) -> Job:
     fields = json.loads(text)
     fields["limits"], fields["notes"] = Limits(**fields["limits"]), tuple(fields["notes"])
     return Job(**fields)
+
+
+def read(path: Path) -> Job:
+    """The job in the file `path`."""
+    try:
+        return from_text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CourseError(f"{path} cannot be read: {error!r}.", "`tito grade plan` writes it anew.") from None

@@ -37,7 +37,7 @@ UNTRUSTED = (
 def run_job(job: Job, assignment: Assignment, level: str) -> Result:
     """Grade one submission: a row for every check, whatever the submission does."""
     started = time.monotonic()
-    notebook, problem = _notebook(job)
+    notebook, problem = notebook_of(job.notebook) if job.notebook is not None else (None, job.problem)
     if notebook is None:
         checks = tuple(CheckGrade(cell.grade_id, cell.points, 0.0, problem) for cell in assignment.checks)
         return Result(job.key, job.student, job.assignment, job.release, level, checks, problem, job.notes)
@@ -54,15 +54,13 @@ def run_job(job: Job, assignment: Assignment, level: str) -> Result:
     )  # fmt: skip
 
 
-def _notebook(job: Job) -> tuple[dict | None, str | None]:
-    """The submitted notebook, or None and the reason why there is none to run."""
+def notebook_of(text: str) -> tuple[dict | None, str | None]:
+    """The notebook in a submitted text, or None and the reason why there is none to run."""
     again = "Hand in the notebook as Jupyter saves it."
-    if job.notebook is None:
-        return None, job.problem or "No notebook was handed in."
-    if len(job.notebook) > NOTEBOOK_CHARACTERS:
+    if len(text) > NOTEBOOK_CHARACTERS:
         return None, f"The notebook is larger than {NOTEBOOK_CHARACTERS / 1e6:g} MB. Clear its outputs. {again}"
     try:
-        notebook = json.loads(job.notebook.removeprefix("\ufeff"))
+        notebook = json.loads(text)
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
         return None, f"The file is no notebook: it is not valid JSON{where}. {again}"

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+from tito.course.errors import CourseError
 from tito.instructor import sandbox
 
 WORKER = Path(__file__).resolve().parents[1] / "jobs" / "grade_cells.py"
@@ -27,12 +28,26 @@ class Gone(Exception):
         self.why, self.code = why, code
 
 
+_live: set[Session] = set()
+_stopping = threading.Event()
+
+
+def close_all() -> None:
+    """End every worker of this process, and let none begin: after Ctrl-C."""
+    _stopping.set()
+    for session in list(_live):
+        session.process.kill()
+
+
 class Session:
     """One worker, from start to end."""
 
     def __init__(self, level: str, package: Path, limits, private: Path):
+        if _stopping.is_set():
+            raise CourseError("Stopped.")
         self.level, self.limits, self.mark = level, limits, secrets.token_hex(16)
         self.process = sandbox.start(level, WORKER, package, limits, private, self.mark)
+        _live.add(self)
         self.replies: queue.Queue[bytes] = queue.Queue(maxsize=100)
         self.stray = 0  # lines that nobody asked for
         self._printed, self._last = 0, b""
@@ -102,6 +117,7 @@ class Session:
 
     def close(self) -> None:
         """End the worker with everything that it started."""
+        _live.discard(self)
         sandbox.end(self.level, self.process, self.mark)
         for thread in self._threads:
             thread.join(GRACE)
