@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from tito.course.errors import CourseError
 from tito.course.processes import MARK, end_all
-from tito.instructor import calls, interpreter
+from tito.instructor import bubblewrap, calls, interpreter
 
 LEVELS = ("bwrap", "landlock+userns", "landlock", "none")  # strongest first
 CONFINE = Path(__file__).resolve().parents[1] / "jobs" / "confine.py"
@@ -91,12 +90,14 @@ def start(level: str, program: Path, package: Path, limits: Limits, private: Pat
     It may write into one folder, its working one. Its streams are pipes. The process ends as the program did, or
     with 128 + the signal that ended it. The thread that calls this must outlive the process: they die together.
     """
+    program, package, private = program.resolve(), package.resolve(), private.resolve()
     temporary = private / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     spec = {"level": level, "user": _user(), "limits": asdict(limits), "calls": calls.program().hex()}
     if level == "bwrap":
-        outside, confine, home = _bubblewrap(program, package, limits, spec["user"]), "/confine.py", "/tmp"
-        spec |= {"program": "/program.py", "path": ["/package", "/packages"]}
+        bound = {CONFINE: "/confine.py", program: "/program.py", package: "/package"}
+        outside, confine, home = bubblewrap.command(bound, limits.tmp_bytes, spec["user"]), "/confine.py", "/tmp"
+        spec |= {"program": "/program.py", "path": ["/package", bubblewrap.PACKAGES]}
     else:
         outside, confine, home = [], str(CONFINE), str(temporary)
         packages = _links(private / "packages")
@@ -135,37 +136,6 @@ def _user() -> int | None:
     except (OSError, ValueError):  # no Linux, or several ranges
         return None
     return user if first == 0 and user < count else None
-
-
-def _bubblewrap(program: Path, package: Path, limits: Limits, user: int | None) -> list[str]:
-    """The command that runs another one in a file system of its own. It has no /proc, which NumPy can do without."""
-    own = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETPCAP"]  # root may become `user`
-    if user is None:
-        own = ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-    bound = [(path, f"/packages/{path.name}") for path in interpreter.packages()]
-    bound += [(CONFINE, "/confine.py"), (program, "/program.py"), (package, "/package")]
-    return [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", *own,
-        "--die-with-parent", "--new-session", "--as-pid-1", *_system(),
-        *(part for source, inside in bound for part in ("--ro-bind", str(source), inside)),
-        "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--",
-    ]  # fmt: skip
-
-
-@functools.cache
-def _system() -> tuple[str, ...]:
-    """The part of bubblewrap's command that is the same for every program: libraries, interpreter, three devices."""
-    found = []
-    for path in interpreter.libraries():
-        how = ["--symlink", os.readlink(path)] if path.is_symlink() else ["--ro-bind", str(path)]
-        found += [*how, str(path)]
-    for path in interpreter.installed():
-        found += ["--tmpfs", str(path), "--remount-ro", str(path)]
-    found += ["--ro-bind", str(interpreter.executable()), str(interpreter.executable())]
-    for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
-        found += ["--dev-bind", device, device]
-    return tuple(found)
 
 
 def _links(folder: Path) -> Path:
