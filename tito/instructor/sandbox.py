@@ -67,8 +67,8 @@ def choose(wanted: str) -> str:
         refused[level] = escaped
     raise CourseError(
         "No sandbox holds here. " + " ".join(f"{level}: {why}" for level, why in refused.items()),
-        "Install bubblewrap (Debian, Ubuntu: `apt install bubblewrap`) and let this user make user namespaces; or ask "
-        "for it with `--sandbox none`: then a submission can read and change everything that you can.",
+        "Install bubblewrap (Debian, Ubuntu: `apt install bubblewrap`) and allow user namespaces, which containers and "
+        "some systems refuse; or ask for `--sandbox none`: then a submission can read and change all that you can.",
     )
 
 

@@ -37,7 +37,8 @@ def prctl(option: int, *values: int) -> int:
 def enter_namespaces(own_user: bool) -> None:
     """Go on as the first process of a world of its own: no other process, no network, no shared memory."""
     user, group = os.getuid(), os.getgid()
-    check(libc.unshare(NEW_PID | NEW_NET | NEW_IPC | (NEW_USER if own_user else 0)), "unshare")
+    namespaces = NEW_PID | NEW_NET | NEW_IPC | (NEW_USER if own_user else 0)
+    check(libc.unshare(namespaces), "cannot make namespaces, see user.max_user_namespaces")
     if own_user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {user} 1"), ("gid_map", f"1000 {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:

@@ -73,8 +73,10 @@ def signal_parent(task):
 
 
 def become_root(task):
+    """Who has that number already gains nothing by it: it is an ordinary user that a container calls so."""
+    before = os.getresuid()
     os.setresuid(0, 0, 0)
-    return True
+    return before != (0, 0, 0)
 
 
 def has_capabilities(task):
