@@ -29,7 +29,7 @@ Cumulative = Annotated[bool, typer.Option("--cumulative", help="On the student's
 def _help_if_alone(context: typer.Context) -> None:
     """Without a command, show which there are."""
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        typer.echo(context.get_help())
 
 
 def _course(folder: Path | None):
@@ -155,7 +155,9 @@ def feedback(
 def export(
     lesson: Annotated[str | None, typer.Argument(metavar="LESSON", help="Default: all.")] = None,
     form: Annotated[str, typer.Option("--to", metavar="FORM", help="csv, canvas or moodle.")] = "csv",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: grades.csv in the course.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: grades.csv, canvas.csv or moodle.csv in the course.")
+    ] = None,
     like: Annotated[
         Path | None, typer.Option(metavar="CSV", help="For canvas: its own gradebook export, whose rows to fill.")
     ] = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Result:
     @property
     def max_score(self) -> float:
         return sum(check.points for check in self.checks)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the whole."""
+        whole = {each.name: getattr(self, each.name) for each in fields(self)}
+        whole["checks"] = [asdict(check) for check in self.checks]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def as_text(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
