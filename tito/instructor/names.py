@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 
-LONGEST_CELL = 200_000  # characters; a syntax tree takes a hundred times as much memory, and this process is shared
+
+# Asked of the assignment's own cells, for every submission anew.
+_remembered = functools.lru_cache(maxsize=4096)
 
 
-def bound_names(source: str) -> list[str]:
+@_remembered
+def bound_names(source: str) -> tuple[str, ...]:
     """Names that the top level of a cell binds."""
     names: list[str] = []
     for node in tree(source).body:
@@ -19,18 +23,20 @@ def bound_names(source: str) -> list[str]:
                 names.append(inner.id)
             elif isinstance(inner, (ast.Import, ast.ImportFrom)):
                 names += [alias.asname or alias.name.split(".")[0] for alias in inner.names]
-    return names
+    return tuple(names)
 
 
-def used_names(source: str) -> set[str]:
+@_remembered
+def used_names(source: str) -> frozenset[str]:
     """All names that occur in a cell."""
-    return {node.id for node in ast.walk(tree(source)) if isinstance(node, ast.Name)}
+    return frozenset(node.id for node in ast.walk(tree(source)) if isinstance(node, ast.Name))
 
 
-def imported_modules(source: str) -> set[str]:
+@_remembered
+def imported_modules(source: str) -> frozenset[str]:
     """Modules of TinyTorch that a cell imports from."""
     found = {node.module or "" for node in ast.walk(tree(source)) if isinstance(node, ast.ImportFrom)}
-    return {name for name in found if name.startswith("tinytorch")}
+    return frozenset(name for name in found if name.startswith("tinytorch"))
 
 
 def earlier(source: str, before: list[str], quiet: bool = False) -> list[str]:
@@ -44,14 +50,6 @@ def earlier(source: str, before: list[str], quiet: bool = False) -> list[str]:
         tests = [name for each in chosen for name in bound_names(each) if name.startswith("test_")]
         chosen += [f"def {name}(*args, **kwargs): pass" for name in tests]
     return chosen
-
-
-def python_of(source: str) -> str:
-    """A student's cell as Python: where it is none, without notebook commands (lines that begin with % or !)."""
-    if len(source) > LONGEST_CELL or tree(source, None) is not None:
-        return source
-    lines = source.split("\n")
-    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
 def tree(source: str, otherwise: ast.Module | None = ast.Module([], [])) -> ast.Module | None:  # noqa: B008
