@@ -72,8 +72,11 @@ def _unlock(file) -> None:
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 
 
-def commit(root: Path, texts: dict[Path, str]) -> None:
-    """Give every file in `texts` (path relative to the root) its new text, all or none. The lock is held."""
+def commit(root: Path, texts: dict[Path, str | None]) -> None:
+    """Give every file in `texts` (path relative to the root) its new text, or delete it (None): all or none.
+
+    The lock is held.
+    """
     writes = [{"path": path.as_posix(), "text": text} for path, text in texts.items()]
     try:
         write_atomic(_journal(root), json.dumps({"version": 1, "writes": writes}))
@@ -117,9 +120,12 @@ def _carry_out(root: Path) -> None:
     remove_leftovers(journal)
 
 
-def _put(path: Path, text: str) -> None:
+def _put(path: Path, text: str | None) -> None:
     remove_leftovers(path)
-    write_atomic(path, text)
+    if text is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomic(path, text)
     if path.suffix == ".py":  # a compiled file of the same second and size would pass for this one's
         with suppress(OSError):
             Path(cache_from_source(str(path))).unlink(missing_ok=True)

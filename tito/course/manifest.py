@@ -52,6 +52,7 @@ class Lesson:
     exercises: tuple[Exercise, ...] = ()
     checks: tuple[Check, ...] = ()
     notebook_digest: str = ""  # SHA-256 of the notebook's bytes as released
+    has_reference: bool = True  # False in a class that is graded: the package file is there once a student built it
     root: Path = field(default=Path("."), compare=False)
 
     @property

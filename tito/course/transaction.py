@@ -100,15 +100,18 @@ def complete(course: Course, lesson: Lesson, tell: Tell = lambda step: None, lim
 
 
 def reset(course: Course, lesson: Lesson) -> Reset:
-    """The notebook as released, the package file back to the reference, no entry in the progress; all or nothing.
+    """The notebook as released, the package file back to the reference (or gone, where a class is graded and has none),
+    no entry in the progress; all or nothing.
 
     The learner's notebook is kept beside it with the date in its name; hints that were taken stay taken.
     """
     with locked(course.root, COMMAND, patience=2.0):
         recover(course.root)
         now = progress.read(course.root)
-        texts = {lesson.notebook.relative_to(course.root): released.notebook(lesson)}
-        if progress.owner(lesson, now) != "reference":
+        texts: dict[Path, str | None] = {lesson.notebook.relative_to(course.root): released.notebook(lesson)}
+        if not lesson.has_reference:
+            texts |= {lesson.package_path: None} if lesson.package_file.exists() else {}
+        elif progress.owner(lesson, now) != "reference":
             texts[lesson.package_path] = released.reference(lesson)
         backup = _keep_backup(lesson, texts[lesson.notebook.relative_to(course.root)])
         with locked(course.root):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ def nbgrader_ready() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), *filter(None, [path])])
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"nbgrader\.")  # of SQLAlchemy, when a submission is added
+            yield
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "nbgrader":
             raise

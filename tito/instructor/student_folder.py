@@ -34,7 +34,7 @@ def contents(course: Course, lessons: list[Lesson], graded: set[str]) -> dict[st
         if lesson.folder not in graded:
             texts[lesson.package_path.as_posix()] = student_version.reference_text(lesson)
     texts |= freeze.rooms(root)
-    texts[INDEX.as_posix()] = _index(root, lessons)
+    texts[INDEX.as_posix()] = _index(root, lessons, graded)
     texts["README.md"] = readme(course, [lesson for lesson in lessons if lesson.folder in graded])
     files = {path: text.encode("utf-8") for path, text in texts.items()}
     for folder in ("tito", "tinytorch/viewer", *(f"tests/{lesson.folder}" for lesson in lessons)):
@@ -45,11 +45,13 @@ def contents(course: Course, lessons: list[Lesson], graded: set[str]) -> dict[st
     return files | {MARKER: (json.dumps(marker, indent=1) + "\n").encode()}
 
 
-def _index(root: Path, lessons: list[Lesson]) -> str:
-    """modules/index.json, cut to `lessons`."""
+def _index(root: Path, lessons: list[Lesson], graded: set[str]) -> str:
+    """modules/index.json, cut to `lessons`; those that are `graded` come without a reference."""
     index = json.loads((root / INDEX).read_text(encoding="utf-8"))
-    numbers = {lesson.number for lesson in lessons}
-    index["lessons"] = [entry for entry in index["lessons"] if entry["number"] in numbers]
+    entries = {entry["number"]: entry for entry in index["lessons"]}
+    index["lessons"] = [
+        entries[lesson.number] | ({"has_reference": False} if lesson.folder in graded else {}) for lesson in lessons
+    ]
     return json.dumps(index, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -22,13 +22,12 @@ move: after you move or rename the folder, delete `.venv` and make it anew; your
 
 ## Work on a lesson
 
-    tito module start {first.number}      # what it builds and needs; opens the notebook in JupyterLab
-    tito module test {first.number}       # runs your notebook: each check with its points and its message
-    tito module complete {first.number}   # your code becomes {file}
+    tito module start {nn}      # what it builds and needs; opens the notebook in JupyterLab
+    tito module test {nn}       # runs your notebook: each check with its points and its message
+    tito module complete {nn}   # your code becomes {file}
 
-Stuck: `tito module hint {first.number}` goes one step further each time. `tito module reset {first.number}` brings a
-fresh notebook and keeps yours as a backup. `tito module list` shows all lessons, `tito status` which files of the
-package are yours.
+Stuck: `tito module hint {nn}` goes one step further each time. `tito module reset {nn}` brings a fresh
+notebook and keeps yours as a backup. `tito module list` shows all lessons, `tito status` which files are yours.
 
 ## Hand in
 
@@ -40,7 +39,8 @@ Hand in the notebook itself, saved and under its own name. Your code in the cell
 nothing else: checks that were changed or deleted are put back before grading. They then also run with other numbers
 than those you see, so write what the text asks for rather than what a check happens to look at.
 
-{built} not here yet: {they} what you build. Until a lesson is completed, those that need it cannot run.
+{built} not here yet: {they} what you build. Until a lesson is completed,
+those that need it cannot run.
 
 ## When you get a newer folder
 
@@ -59,7 +59,7 @@ def readme(course: Course, graded: list[Lesson]) -> str:
     one = len(graded) == 1
     return TEXT.format(
         course=course.name,
-        first=graded[0],
+        nn=graded[0].number,
         file=graded[0].package_path.as_posix(),
         table="\n".join(rows),
         built=f"`{graded[0].package_path.as_posix()}` is" if one else "The files in the third column are",

@@ -51,6 +51,8 @@ def run_demo(
     out = out or course.root / "out"
     if checkpoint and not train:
         require_checkpoint(checkpoint)  # now, not after a minute; and a mistyped name is no wish to train
+    if not (course.root / "src").is_dir():  # in a clone the reference solution stands in for what is missing
+        require_package(course)
     with tempfile.TemporaryDirectory(prefix="tito-demo-") as folder:
         scratch = copy_course(course, Path(folder) / "course")
         code = play_the_student(course, course.lesson(CACHE_LESSON), scratch)
@@ -86,6 +88,7 @@ def run_generate(
     seed: int | None = None,
 ) -> int:
     """Continue `prompt` on the learner's package; returns the exit code."""
+    require_package(course)
     checkpoint = require_checkpoint(checkpoint or CHECKPOINT)
     arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]
     arguments += ["--temperature", str(temperature)] + ([] if cache else ["--no-cache"])
@@ -99,6 +102,23 @@ def require_checkpoint(checkpoint: Path) -> Path:
     if not checkpoint.is_file():
         raise CourseError(f"There is no checkpoint {checkpoint}.", "`tito demo --train` makes one.")
     return checkpoint
+
+
+def require_package(course: Course) -> None:
+    """A CourseError unless the package is complete up to the cache, as in a clone or at the end of a graded class."""
+    lessons = {lesson.name: lesson for lesson in course.lessons}
+    if CACHE_LESSON not in lessons:
+        raise CourseError(
+            f"This needs a GPT and its cache, and the lessons here end with {course.lessons[-1].folder}.",
+            "It works once you have completed the last lesson of the whole course.",
+        )
+    missing = [lesson for lesson in course.lessons if not lesson.package_file.is_file()]
+    if missing:
+        files = ", ".join(lesson.package_path.as_posix() for lesson in missing)
+        raise CourseError(
+            f"This needs the whole package, and it lacks {files}.",
+            f"`tito module start {missing[0].number}` and `tito module complete {missing[0].number}` bring the first.",
+        )
 
 
 def copy_course(course: Course, to: Path) -> Path:

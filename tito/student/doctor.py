@@ -152,12 +152,25 @@ def package(course: Course) -> Finding:
     """Does each file of the package import? In a process of its own: it may be the learner's."""
     from tito.course.runner import run_progressive
 
-    run = run_progressive([], course.root, imports=list(course.lessons))
+    ready = _built(course)
+    run = run_progressive([], course.root, imports=ready)
     if run.ok:
-        return Finding("package", "ok", f"{len(course.lessons)} files import")
+        rest = len(course.lessons) - len(ready)
+        later = f", {rest} to build or waiting for those" if rest else ""
+        return Finding("package", "ok", f"{show.count(len(ready), 'file')} import{later}")
     wrong = run.problem or ": ".join(run.failed[0])
     advice = "`tito status` says whose the file is; `tito module reset NN` brings the reference back."
     return Finding("package", "problem", wrong, advice)
+
+
+def _built(course: Course) -> list[manifest.Lesson]:
+    """The lessons whose file should import: without those that a student of a class has yet to build or needs first."""
+    waiting = set()
+    for lesson in course.lessons:
+        to_build = not lesson.has_reference and not lesson.package_file.is_file()
+        if to_build or waiting & set(lesson.needs):
+            waiting.add(lesson.name)
+    return [lesson for lesson in course.lessons if lesson.name not in waiting]
 
 
 def which_package(course: Course) -> Finding:

@@ -16,7 +16,8 @@ def reset(course: Course, name: str) -> int:
     rows = [("Notebook", str(lesson.notebook.relative_to(course.root)))]
     if result.backup:
         rows.append(("Yours", f"kept as {result.backup.relative_to(course.root)}"))
-    rows.append(("Package", f"{lesson.package_path.as_posix()} (now: reference)"))
+    now = "now: reference" if lesson.has_reference else "not there: yours to build"
+    rows.append(("Package", f"{lesson.package_path.as_posix()} ({now})"))
     show.rows(rows)
     show.steps((f"tito module start {lesson.number}", "begin anew"))
     return 0

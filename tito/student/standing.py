@@ -8,7 +8,7 @@ from tito.course import notebook, progress, released
 from tito.course.manifest import Course, Lesson
 
 NOT_YET = ("NotImplementedError", "still to be written")  # what a hole says as it is released
-WHOSE = {"learner": "yours", "reference": "reference", "changed": "changed", "missing": "missing"}
+WHOSE = {name: name for name in ("reference", "changed", "missing", "to build")} | {"learner": "yours"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Standing:
     earned: int
     state: str  # open, started, completed
     file: str
-    owner: str  # learner, reference, changed, missing
+    owner: str  # learner, reference, changed, missing, to build (in a class that is graded)
     notebook: str
 
     @property
@@ -43,7 +43,8 @@ def standings(course: Course) -> list[Standing]:
 
 def _standing(lesson: Lesson, known: progress.Progress) -> Standing:
     entry = known.lessons.get(lesson.number)
-    owner = progress.owner(lesson, known) if lesson.package_file.is_file() else "missing"
+    absent = "missing" if entry or lesson.has_reference else "to build"
+    owner = progress.owner(lesson, known) if lesson.package_file.is_file() else absent
     state = "completed" if entry else "started" if was_edited(lesson) else "open"
     return Standing(
         lesson.number, lesson.name, lesson.title, lesson.minutes, lesson.points,

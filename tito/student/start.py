@@ -51,6 +51,10 @@ def describe(lesson: Lesson, known: dict[str, Standing]) -> None:
         ("Into", f"{own.file} (now: {own.whose})"),
         ("Notebook", str(lesson.notebook)),
     ])  # fmt: skip
+    first = [known[n].number for n in lesson.needs if n in known and known[n].owner == "to build"]
+    if first:
+        show.line()
+        show.line(f"What is marked to build comes first: `tito module start {first[0]}`.", style="bold")
     if any(known[n].whose == "reference" for n in lesson.needs if n in known):
         show.line()
         show.line("What is marked reference comes with the course, so you can begin here.", style="dim")
