@@ -53,7 +53,8 @@ def _found(course: GradingCourse, assignment: Assignment, scratch: Path) -> dict
             raise CourseError(
                 f"nbgrader's exchange cannot be read: {error}.",
                 "`c.Exchange.root` in nbgrader_config.py names its folder, which you must be able to write; "
-                f"`nbgrader release_assignment {assignment.name}` makes the course's place in it.",
+                f"`nbgrader release_assignment {assignment.name}` makes the course's place in it. "
+                f"Or name a folder or a zip file: `tito grade collect {assignment.number} PATH`.",
             ) from None
     for path in (scratch / "submitted").glob(f"*/{assignment.name}"):  # an exchange of another make copies by itself
         found.setdefault(path.parent.name, path)
