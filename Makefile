@@ -47,5 +47,5 @@ anew:
 	@touch $@
 
 .venv/developer: pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,explore,grade,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,cluster,explore,grade,plot]'
 	@touch .venv/student $@

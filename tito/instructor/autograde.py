@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from tito import show
 from tito.course.errors import CourseError
-from tito.course.files import write_atomic
 from tito.instructor import assignment as assignments
-from tito.instructor import job as jobs
-from tito.instructor import pool, results, sandbox
+from tito.instructor import cluster, outcomes, pool, sandbox
 from tito.instructor.assignment import Assignment
 from tito.instructor.course import GradingCourse
+from tito.instructor.outcomes import Told
 from tito.instructor.plan import make_jobs, shard_of
 from tito.instructor.result import Result
 from tito.instructor.summary import show_summary
@@ -34,13 +34,10 @@ def autograde(
     level = _level(wanted, scheduler)
     paths = make_jobs(course, assignment, students, cumulative)
     folder = course.grading(assignment.name)
-    failed = 0
-    with Writer(course) as writer, show.Progress(f"Grading {assignment.name}", len(paths)) as progress:
-        for path, result, problem in _results(folder, assignment, paths, count, rerun, wanted, level, scheduler):
-            if result:
-                problem = _merge_one(course, assignment, writer, result)
-            failed += bool(problem)
-            progress.step(_line(path.stem, result, problem), bool(problem))
+    run = _runner(assignment, count, wanted, scheduler)
+    told = outcomes.of_jobs(folder, assignment, paths, rerun, level, run)
+    with Writer(course) as writer:
+        failed = _tell("Grading", assignment, paths, _merged(course, assignment, writer, told))
     show_summary(assignment, folder, [path.stem for path in paths])
     return 1 if failed else 0
 
@@ -58,13 +55,13 @@ def plan(course: GradingCourse, lesson: str, students: list[str], cumulative: bo
 def run(folder: Path, shard: str, count: int | None, rerun: bool, wanted: str) -> int:
     """Run the jobs of a folder that `plan` wrote; returns the exit code."""
     assignment = assignments.read(_there(folder / "assignment.json"))
-    paths = shard_of(sorted((folder / "jobs").glob("*.json")), shard)
+    planned = sorted((folder / "jobs").glob("*.json"))
+    if not planned:
+        raise CourseError(f"There are no jobs in {folder / 'jobs'}.", "`tito grade plan` writes them.")
+    paths = shard_of(planned, shard)
     level = _level(wanted, None)
-    failed = 0
-    with show.Progress(f"Running {assignment.name}", len(paths)) as progress:
-        for path, result, problem in _results(folder, assignment, paths, count, rerun, wanted, level, None):
-            failed += bool(problem)
-            progress.step(_line(path.stem, result, problem), bool(problem))
+    told = outcomes.of_jobs(folder, assignment, paths, rerun, level, _runner(assignment, count, wanted, None))
+    failed = _tell("Running", assignment, paths, told)
     show.line(f"{show.count(len(paths) - failed, 'result')} in {folder / 'results'}; `tito grade merge` records them.")
     return 1 if failed else 0
 
@@ -78,14 +75,9 @@ def merge(course: GradingCourse, lesson: str) -> int:
     paths = sorted((folder / "results").glob("*.json"))
     if not paths:
         raise CourseError(f"There are no results in {folder / 'results'}.", "`tito grade run` makes them.")
-    failed = 0
-    with Writer(course) as writer, show.Progress(f"Merging {assignment.name}", len(paths)) as progress:
-        for path in paths:
-            result, problem = results.read(path)
-            if result:
-                problem = _merge_one(course, assignment, writer, result)
-            failed += bool(problem)
-            progress.step(_line(path.stem, result, problem), bool(problem))
+    told = outcomes.of_results(folder, paths)
+    with Writer(course) as writer:
+        failed = _tell("Merging", assignment, paths, _merged(course, assignment, writer, told))
     show_summary(assignment, folder, [path.stem for path in paths])
     return 1 if failed else 0
 
@@ -109,30 +101,34 @@ def _level(wanted: str, scheduler: str | None) -> str:
     return level
 
 
-def _results(
-    folder: Path, assignment: Assignment, paths: list[Path], count: int | None, rerun: bool, wanted: str, level: str,
-    scheduler: str | None,
-) -> Iterator[tuple[Path, Result | None, str]]:  # fmt: skip
-    """Every job's result: those that are there first, then the others, each on disk before it is told."""
-    to_run = []
-    for path in paths:
-        known = None if rerun else results.known(folder, jobs.read(path), level)
-        if known:
-            yield path, known, ""
-        else:
-            to_run.append(path)
+def _runner(assignment: Assignment, count: int | None, wanted: str, scheduler: str | None) -> outcomes.Run:
+    """How jobs are run: on a cluster, or on this machine with one at a time per core."""
     if scheduler:
-        outcomes = pool.on_cluster(to_run, assignment, wanted, scheduler)
-    else:
-        outcomes = pool.on_this_machine(to_run, assignment, wanted, count or os.cpu_count() or 1)
-    for path, text, problem in outcomes:
-        if text is None:
-            yield path, None, f"Not graded: {problem}"
-            continue
-        result = results.from_text(text)
-        write_atomic(folder / "results" / path.name, text)
-        write_atomic(folder / "logs" / f"{path.stem}.log", results.log_of(assignment, result))
-        yield path, result, ""
+        return lambda paths: cluster.on_cluster(paths, assignment, wanted, scheduler)
+    return lambda paths: pool.on_this_machine(paths, assignment, wanted, count or os.cpu_count() or 1)
+
+
+def _tell(doing: str, assignment: Assignment, paths: list[Path], told: Iterator[Told]) -> int:
+    """Show what every job came to, as it comes; returns how many have no grade."""
+    failed, width = 0, max(len(path.stem) for path in paths) if paths else 0
+    try:
+        with show.Progress(f"{doing} {assignment.name}", len(paths)) as progress, closing(told):
+            for student, result, problem in told:
+                failed += bool(problem)
+                progress.step(_line(student.ljust(width), result, problem), bool(problem))
+    except KeyboardInterrupt:
+        show.line("Stopped. What was finished is kept: the same command goes on from there.")
+        raise
+    if failed:
+        show.line(f"{failed} of {len(paths)} could not be graded or recorded; the same command tries them again.")
+    return failed
+
+
+def _merged(course: GradingCourse, assignment: Assignment, writer, told: Iterator[Told]) -> Iterator[Told]:
+    """The same, each result in the gradebook before it is told."""
+    with closing(told):
+        for student, result, problem in told:
+            yield student, result, _merge_one(course, assignment, writer, result) if result else problem
 
 
 def _merge_one(course: GradingCourse, assignment: Assignment, writer, result: Result) -> str:
@@ -144,6 +140,8 @@ def _merge_one(course: GradingCourse, assignment: Assignment, writer, result: Re
         return ""
     except CourseError as error:
         return f"Not merged: {error.message} {error.hint}"
+    except Exception as error:  # a mistake of ours: the result is kept, and the others go on
+        return f"Not merged: {type(error).__name__}: {error}"
 
 
 def _handed_in(course: GradingCourse, student: str, name: str):

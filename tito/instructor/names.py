@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 
-
 # Asked of the assignment's own cells, for every submission anew.
 _remembered = functools.lru_cache(maxsize=4096)
 

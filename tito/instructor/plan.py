@@ -35,10 +35,10 @@ def make_jobs(course: GradingCourse, assignment: Assignment, students: list[str]
         )
     folder = course.grading(assignment.name) / "jobs"
     paths = []
-    for student in students or there:
+    for student in sorted(set(students)) or there:
         path = folder / f"{student}.json"
         text = job_of(course, assignment, student, cumulative).as_text()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        if not path.is_file() or path.read_bytes() != text.encode():
             write_atomic(path, text)
         paths.append(path)
     if not students:

@@ -1,6 +1,6 @@
-"""Many jobs at once: threads that each drive a sandboxed process, or the workers of a Dask cluster.
+"""Many jobs at once: threads that each drive a sandboxed process.
 
-The same unit of work in both: a job's text in, a result's text out.
+The unit of work is the same as on a cluster (cluster.py): a job's text in, a result's text out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tito.instructor.assignment import Assignment
 from tito.instructor.run import run_job
 
 Outcome = tuple[Path, str | None, str]  # the job's file; the result's text, or None and why it could not be graded
+LONGEST = 300  # characters of an error that nobody foresaw
 
 
 @functools.lru_cache(maxsize=4)
@@ -35,42 +36,19 @@ def on_this_machine(paths: list[Path], assignment: Assignment, wanted: str, coun
     text = assignment.as_text()
     with ThreadPoolExecutor(max_workers=count) as pool:
         try:
-            yield from _in_turn(paths, count, lambda path: pool.submit(unit, _read(path), text, wanted))
+            yield from in_turn(paths, count, lambda path: pool.submit(unit, read(path), text, wanted), _some_of)
         except BaseException:  # Ctrl-C: nothing that was started may go on
             pool.shutdown(wait=False, cancel_futures=True)
             session.close_all()
             raise
 
 
-def on_cluster(paths: list[Path], assignment: Assignment, wanted: str, address: str) -> Iterator[Outcome]:
-    """The same on the workers of the Dask scheduler at `address`; each needs TinyTorch installed."""
-    try:
-        from distributed import Client
-    except ImportError:
-        raise CourseError(
-            "A cluster needs Dask, which is not installed.",
-            "Run `pip install -e '.[cluster]'`, here and on the workers.",
-        ) from None
-    try:
-        client = Client(address, timeout="20s", set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise CourseError(
-            f"No Dask scheduler answers at {address} ({type(error).__name__}).", "Start one: `dask scheduler`."
-        ) from None
-    with client:
-        text = client.scatter(assignment.as_text(), broadcast=True)
-        count = max(1, sum(client.nthreads().values()))
-        yield from _in_turn(
-            paths, count, lambda path: client.submit(unit, _read(path), text, wanted, pure=False, retries=2)
-        )
-
-
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _in_turn(paths: list[Path], count: int, submit: Callable[[Path], Future]) -> Iterator[Outcome]:
-    """Keep `count` submissions running and one more waiting each; yield what is done."""
+def in_turn(paths: list[Path], count: int, submit: Callable, some_of: Callable) -> Iterator[Outcome]:
+    """Keep `count` submissions running and one more waiting each; yield those that `some_of` finds done."""
     waiting: dict[Future, Path] = {}
     left = iter(paths)
     while True:
@@ -78,23 +56,18 @@ def _in_turn(paths: list[Path], count: int, submit: Callable[[Path], Future]) ->
             waiting[submit(path)] = path
         if not waiting:
             return
-        for done in _some_of(waiting):
+        for done in some_of(waiting):
             yield _outcome(waiting.pop(done), done)
 
 
 def _some_of(waiting: dict[Future, Path]) -> list[Future]:
-    """Those that are done, once at least one is. Dask's futures need a `wait` of their own."""
-    if isinstance(next(iter(waiting)), Future):
-        return list(wait(waiting, return_when=FIRST_COMPLETED).done)
-    from distributed import wait as wait_for
-
-    return list(wait_for(list(waiting), return_when="FIRST_COMPLETED").done)
+    return list(wait(waiting, return_when=FIRST_COMPLETED).done)
 
 
 def _outcome(path: Path, done: Future) -> Outcome:
     try:
         return path, done.result(), ""
     except CourseError as error:
-        return path, None, f"{error.message} {error.hint}"
+        return path, None, f"{error.message} {error.hint}".strip()
     except Exception as error:  # a mistake of ours or of the machine: no grade, and the others go on
-        return path, None, f"{type(error).__name__}: {error}"
+        return path, None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST]

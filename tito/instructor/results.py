@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tito.course.errors import CourseError
+from tito.instructor import job as jobs
 from tito.instructor.assignment import Assignment
 from tito.instructor.job import Job
 from tito.instructor.result import Result
@@ -26,6 +28,14 @@ def known(folder: Path, job: Job, level: str) -> Result | None:
     if result is None or result.job != job.key or result.sandbox not in LEVELS:
         return None
     return result if LEVELS.index(result.sandbox) <= LEVELS.index(level) else None
+
+
+def made_for(path: Path) -> str | None:
+    """The key of the job in a file; None where it cannot be read."""
+    try:
+        return jobs.read(path).key
+    except CourseError:
+        return None
 
 
 def log_of(assignment: Assignment, result: Result) -> str:
