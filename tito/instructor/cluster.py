@@ -27,7 +27,7 @@ def on_cluster(paths: list[Path], assignment: Assignment, wanted: str, address: 
     client = _client(address)
 
     def submit(path: Path):
-        return client.submit(unit, read(path), text, wanted, key=f"tito-{path.stem}-{id(client)}", retries=2)
+        return client.submit(unit, read(path), text, wanted, key=f"tito-{path.stem}-{client.id}", retries=2)
 
     with client:
         count = _require_workers(client, address)
