@@ -34,8 +34,9 @@ def feedback(course: GradingCourse, lesson: str, students: list[str]) -> int:
             written += 1
         except CourseError as error:  # this student's only: the others get theirs
             show.problem(f"{student}: {error.message}", error.hint)
-    folder = course.feedback("STUDENT", assignment.name) / f"{assignment.notebook}.html"
-    show.line(f"{show.count(written, 'page')} written: {folder}")
+    if written:
+        place = course.feedback("STUDENT", assignment.name) / f"{assignment.notebook}.html"
+        show.line(f"{show.count(written, 'page')} written: {place}")
     return 0 if written == len(wanted) else 1
 
 

@@ -134,9 +134,13 @@ class TestCanvas:
 
     def test_a_name_that_two_have_is_nobodys(self, graded, like):
         with graded.api().gradebook as gradebook:
-            gradebook.add_student("fay", first_name="Lovelace", last_name="Ada")
+            gradebook.add_student("zoe", first_name="Ada", last_name="Lovelace")
         rows = table(graded, "canvas", like=like(['"Lovelace, Ada",1,,,S,,,']))
         assert rows[0]["17_memoization (4711)"] == ""
+
+    def test_where_nothing_was_graded_canvas_keeps_what_it_has(self, graded, like):
+        rows = table(graded, "canvas", like=like(["Dan,5,dan,,S,,3,"]))
+        assert rows[0]["17_memoization (4711)"] == "3"
 
     def test_points_that_differ_are_said(self, graded, like, capsys):
         table(graded, "canvas", like=like(["    Points Possible,,,,,10,20,", self.LINES[1]]))

@@ -16,6 +16,7 @@ from tito.instructor.hidden import LONGEST, WITHHELD, for_students, hidden_lines
 NAME = "17_memoization"
 SECRET = "assert halve(1729) == 864.5"
 QUOTED = "assert double(\"'ab'\") == \"'ab''ab'\", \"a hidden one\""
+DOUBLE_LINE = 'assert double(2) == 4, "2 doubled is 4"'  # of a check, and every student has it
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=alert(2)>"
 
 
@@ -144,7 +145,7 @@ class TestHiddenTests:
             comment = gradebook.find_comment("17-halve", "memoization", NAME, "ada")
             assert comment.auto_comment == WITHHELD
 
-    @pytest.mark.parametrize("message", ["got 5", "2 doubled is 4", "assert double(2) == 4", "a hidden one", "", "x=1"])
+    @pytest.mark.parametrize("message", ["got 5", "2 doubled is 4", DOUBLE_LINE, "a hidden one", "", "x=1"])
     def test_any_other_message_is_shown(self, small, message):
         """What a check says on purpose, and lines that every student has."""
         assert for_students(message, hidden_lines(small.assignment)) == message

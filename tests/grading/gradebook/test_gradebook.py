@@ -157,6 +157,22 @@ class TestTheNotebookAgreesWithThePoints:
             assert small.api().get_notebook_submissions(NAME, NOTEBOOK)[0]["score"] == 2.0
             assert small.api().generate_feedback(NAME)["success"]
 
+    def test_cells_that_claim_to_be_checks_are_none(self, small, writer):
+        def claim(name, **fields):
+            grading = {"grade_id": name, "schema_version": 3, "task": False, "locked": False, **fields}
+            raw = {"cell_type": "code", "id": f"own-{name}", "metadata": {"nbgrader": grading}, "source": "1"}
+            return raw | {"outputs": [], "execution_count": None}
+
+        notebook = small.result().notebook
+        notebook["cells"][4]["metadata"] = {"nbgrader": notebook["cells"][4]["metadata"]["nbgrader"] | {"points": 300}}
+        again = claim("17-halve-test", grade=True, solution=False, points=300)
+        notebook["cells"] += [again, claim("own", grade=True, solution=False, points=9)]
+        notebook["cells"] += [claim("mine", grade=False, solution=True)]
+        writer.merge(small.assignment, small.result(notebook=notebook))
+        assert determined(small) == {"17-double-test": 2.0, "17-halve-test": 3.0}
+        assert small.api().generate_feedback(NAME)["success"]
+        assert "own-mine" in small.autograded().read_text(encoding="utf-8"), "the cells themselves stay"
+
     def test_no_markup_of_the_student_reaches_the_browser(self, small, writer):
         evil = "<script>alert('x')</script>"
         data = {"text/html": evil, "image/svg+xml": evil, "image/png": '"' + evil, "text/plain": "plain"}
@@ -196,7 +212,7 @@ class TestTwice:
     def test_a_new_result_replaces_the_old_one(self, small, writer):
         writer.merge(small.assignment, small.result(double=0.0), IN_TIME)
         assert writer.merge(small.assignment, small.result(), IN_TIME + timedelta(hours=1))
-        assert shown(small)["score"] == 5.0
+        assert shown(small)["score"] == 5.0 and determined(small) == {"17-double-test": 2.0, "17-halve-test": 3.0}
         with small.api().gradebook as gradebook:
             assert gradebook.find_comment("17-double", NOTEBOOK, NAME, "ada").comment is None
 
@@ -332,6 +348,13 @@ class TestRefused:
         assert small.dump() == before and not (small.course.root / "autograded").exists()
         assert writer.merge(small.assignment, small.result()), "the others go on"
 
+    def test_an_id_that_leads_out_of_its_folder(self, small, writer):
+        with small.api().gradebook as gradebook:
+            gradebook.add_student("../ada")
+        with pytest.raises(CourseError, match="cannot be a student's id"):
+            writer.merge(small.assignment, small.result(student="../ada"))
+        assert not (small.course.root / "ada").exists() and not (small.course.root / "autograded").exists()
+
     def test_a_result_that_is_not_of_this_release(self, small, writer):
         good = small.result()
         first, second = good.checks
@@ -346,7 +369,7 @@ class TestRefused:
             replace(good, checks=(first, replace(second, points=300.0, earned=300.0))),
         ]
         for result in bad:
-            with pytest.raises(CourseError):
+            with pytest.raises(CourseError, match="^The result of ada (is of|does not hold every check)"):
                 writer.merge(small.assignment, result)
         assert not row_of(small).checks
 
