@@ -689,7 +689,7 @@ def random_windows(ids, batch_size, seq_len, rng):
     windows = ids[starts[:, None] + np.arange(seq_len + 1)]
     return windows[:, :-1], windows[:, 1:]
 
-# %% nbgrader={"grade": false, "grade_id": "13-measure-training", "locked": true, "schema_version": 3, "solution": false, "task": false}
+# %%
 def train_on(text, steps, seed=0, report=False):
     """A small GPT trained on the characters of `text`; returns it, its alphabet and the losses."""
     rng = np.random.default_rng(seed)
@@ -708,7 +708,7 @@ def train_on(text, steps, seed=0, report=False):
             print(f"step {step:4}  loss {losses[-1]:.3f}")
     return model, alphabet, losses
 
-
+# %% nbgrader={"grade": false, "grade_id": "13-measure-training", "locked": true, "schema_version": 3, "solution": false, "task": false}
 if __name__ == "__main__":
     start = time.perf_counter()
     trained, alphabet, losses = train_on(zen(), 200, report=True)

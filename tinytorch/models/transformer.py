@@ -233,7 +233,7 @@ class GPT(Module):
         return like_prompt(ids, prompt)
 
 
-# %% cell 44 (13-probabilities)
+# %% cell 45 (13-probabilities)
 def next_probabilities(logits, temperature=1.0, top_k=None):
     """The probability of each next token: logits (B, V) -> (B, V), float64; with top_k only the k best (and ties).
 
@@ -249,7 +249,7 @@ def next_probabilities(logits, temperature=1.0, top_k=None):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-# %% cell 47
+# %% cell 48
 def check_sampling(temperature, top_k):
     """Raise a ValueError that says which of the two makes no sense."""
     if not temperature >= 0:  # NaN is not, either
@@ -268,7 +268,7 @@ def sample_next(logits, temperature=0, top_k=None, rng=None):
     return np.argmax(ends > rng.random((len(ends), 1)) * ends[:, -1:], axis=-1)
 
 
-# %% cell 50 (13-generate)
+# %% cell 51 (13-generate)
 def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None,
                  on_token=None):
     """The loop of `generate`, on model.hidden and model.head: ids (B, P) -> (B, P + n), n <= max_new_tokens."""
@@ -290,7 +290,7 @@ def continue_ids(model, ids, max_new_tokens, cache=None, temperature=0, top_k=No
     return ids
 
 
-# %% cell 54
+# %% cell 55
 def check_prompt(prompt, max_new_tokens, max_seq_len):
     """The prompt as a new array (B, P), or a ValueError that says what does not fit."""
     ids = token_rows(prompt)
@@ -320,7 +320,7 @@ def like_prompt(ids, prompt):
     return ids if isinstance(prompt, np.ndarray) else ids.tolist()
 
 
-# %% cell 55
+# %% cell 56
 @contextmanager
 def evaluating(model):
     """Evaluation mode without gradients for the length of a block; each module's own mode comes back."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-HELP = """Grade a class with nbgrader: release, collect, autograde, feedback.
+HELP = """Grade a class with nbgrader, from release to feedback.
 
 Begin with `tito grade init DIRECTORY`. All other commands work in the course that the current folder lies in."""
 
@@ -44,7 +44,7 @@ def init(
     roster: Annotated[Path | None, typer.Option(metavar="CSV", help="Columns id, name, email.")] = None,
     course_id: Annotated[str, typer.Option(metavar="ID", help="nbgrader's name of the course.")] = "tinytorch",
 ) -> int:
-    """Make a grading course: a course directory of nbgrader with a gradebook."""
+    """Make the folder of a class: a course of nbgrader."""
     from tito.instructor import init as job
 
     return job.init(directory, roster, course_id)
@@ -54,7 +54,7 @@ def init(
 def roster(
     file: Annotated[Path, typer.Argument(metavar="CSV", help="Columns id, name, email.")], course: CourseFolder = None
 ) -> int:
-    """Add the students of a CSV to the gradebook, or correct their names and addresses."""
+    """Add the students of a CSV, or correct their names."""
     from tito.instructor import roster as job
 
     return job.update(_course(course), file)
@@ -67,7 +67,7 @@ def release(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The students' folder. Default: student/.")] = None,
     course: CourseFolder = None,
 ) -> int:
-    """Build source and release versions of a lesson, and the folder that students get."""
+    """Release a lesson, and build what students get."""
     from tito.instructor import release as job
 
     return job.release(_course(course), lesson, upto, out)
@@ -84,7 +84,7 @@ def collect(
     due: Annotated[str | None, typer.Option(metavar="TIME", help='As "2026-11-30 23:59"; later is late.')] = None,
     course: CourseFolder = None,
 ) -> int:
-    """Bring in submissions; a newer one replaces the older and keeps it."""
+    """Bring in submissions; a newer one replaces an older."""
     from tito.instructor import collect as job
 
     return job.collect(_course(course), lesson, source, form, due)
@@ -101,7 +101,7 @@ def autograde(
     scheduler: Annotated[str | None, typer.Option(metavar="TCP", help="A Dask cluster: tcp://host:port.")] = None,
     course: CourseFolder = None,
 ) -> int:
-    """Grade what was collected: plan, run and merge in one. Goes on where it was stopped."""
+    """Grade what was collected, or go on where it was stopped."""
     from tito.instructor import autograde as job
 
     return job.autograde(_course(course), lesson, jobs, student or [], rerun, sandbox, cumulative, scheduler)
@@ -111,7 +111,7 @@ def autograde(
 def plan(
     lesson: Lesson, student: Students = None, cumulative: Cumulative = False, course: CourseFolder = None
 ) -> int:
-    """Write one self-contained job per submission, for `run` on any machine."""
+    """Write jobs, one per submission, for any machine."""
     from tito.instructor import autograde as job
 
     return job.plan(_course(course), lesson, student or [], cumulative)
@@ -125,7 +125,7 @@ def run(
     rerun: Rerun = False,
     sandbox: Sandbox = "auto",
 ) -> int:
-    """Run planned jobs and write their results; needs neither the course nor the gradebook."""
+    """Run planned jobs; needs neither course nor gradebook."""
     from tito.instructor import autograde as job
 
     return job.run(folder, shard, jobs, rerun, sandbox)
@@ -133,7 +133,7 @@ def run(
 
 @grade.command()
 def merge(lesson: Lesson, course: CourseFolder = None) -> int:
-    """Bring results into the gradebook; twice is the same as once."""
+    """Bring results into the gradebook; twice is as once."""
     from tito.instructor import autograde as job
 
     return job.merge(_course(course), lesson)
@@ -174,7 +174,7 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the course.")] = None,
     course: CourseFolder = None,
 ) -> int:
-    """Write a page with plots: distribution per lesson and exercise, and over time."""
+    """Write a page with plots of the class."""
     from tito.instructor import report as job
 
     return job.report(_course(course), out)

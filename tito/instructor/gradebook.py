@@ -5,6 +5,7 @@ carries the hash of the result in its metadata, so a kill in between is repaired
 what is there already changes nothing.
 
 What a person did in formgrader survives: `manual_score`, `extra_credit` and manual comments are never written here.
+nbgrader's own mark "flagged" is set when grading raises flags that were not told before, and taken away by a person.
 A check with a manual score is marked for review only when its automatic score changes, so that a rerun with the
 same outcome asks nobody to look again. (`nbgrader autograde` marks it every time.)
 """
@@ -77,7 +78,10 @@ class Writer:
             for check in result.checks
             if check.message or check.earned < check.points
         }
-        changed = self._patiently(lambda: self._record(known, result, messages, timestamp))
+        path = self._course.autograded(result.student, assignment.name) / f"{assignment.notebook}.ipynb"
+        told = (autograded.grading_in(path) or {}).get("flags")
+        new_flags = bool(result.flags) and told != list(result.flags)
+        changed = self._patiently(lambda: self._record(known, result, messages, timestamp, new_flags))
         return self._write_files(assignment, result, messages, timestamp) or changed
 
     def _look_up(self, assignment: Assignment) -> _Known:
@@ -102,7 +106,9 @@ class Writer:
         )  # fmt: skip
         return self._known[assignment.hash]
 
-    def _record(self, known: _Known, result: Result, messages: dict[str, str], timestamp: datetime | None) -> bool:
+    def _record(
+        self, known: _Known, result: Result, messages: dict[str, str], timestamp: datetime | None, new_flags: bool
+    ) -> bool:
         """Set every row of one submission in one transaction; whether one of them is new or changed."""
         from sqlalchemy import text
 
@@ -113,6 +119,7 @@ class Writer:
             with db.no_autoflush:
                 submission, notebook = self._submission(known, result.student)
                 submission.timestamp = timestamp
+                notebook.flagged = notebook.flagged or new_flags
                 self._set_grades(known, notebook, result)
                 self._set_comments(known, notebook, messages)
             changed = bool(db.new) or any(map(db.is_modified, db.dirty))

@@ -239,6 +239,23 @@ class TestTwice:
             (3.0, None, 0.0, 3.0),
         ]
 
+    def test_flags_are_nbgraders_mark_until_a_person_takes_it_away(self, small, writer):
+        def flagged() -> bool:
+            with small.api().gradebook as gradebook:
+                return gradebook.find_submission_notebook(NOTEBOOK, NAME, "ada").flagged
+
+        writer.merge(small.assignment, small.result(), IN_TIME)
+        assert not flagged()
+        writer.merge(small.assignment, small.result(flags=("look",)), IN_TIME)
+        assert flagged()
+        with small.api().gradebook as gradebook:
+            gradebook.find_submission_notebook(NOTEBOOK, NAME, "ada").flagged = False
+            gradebook.db.commit()
+        writer.merge(small.assignment, small.result(flags=("look",), job="job-2"), IN_TIME)
+        assert not flagged(), "a person has looked at this flag"
+        writer.merge(small.assignment, small.result(flags=("look", "and here")), IN_TIME)
+        assert flagged(), "this one is new"
+
     def test_what_another_program_changed_is_mended(self, small, writer):
         writer.merge(small.assignment, small.result(), IN_TIME)
         first = small.dump()
