@@ -34,8 +34,8 @@ class Stack(Module):
         self.head.weight = self.blocks[0].inner.weight
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
+        for each in self.blocks:
+            x = each(x)
         return self.head(x * self.scale)
 
 

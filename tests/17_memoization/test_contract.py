@@ -376,7 +376,7 @@ class TestMembers:
         assert strides == {tuple(itemsize * n for n in (2 * 5 * 4, 5 * 4, 4, 1))}, "B, H_kv, S, D"
 
     def test_a_new_cache_is_zero(self):
-        cache = KVCache(2, 6, 2, 2, 4)
+        cache = KVCache(2, 5, 2, 2, 4)
         ones = np.ones((2, 2, 1, 4))
         cache.update(0, ones, ones)
         cache.advance()
@@ -594,8 +594,8 @@ class PlainModel:
 
     def __call__(self, ids):
         x = self.position_embedding(self.table[np.asarray(ids)])
-        for block in self.blocks:
-            x = x + block.attention(x)
+        for each in self.blocks:
+            x = x + each.attention(x)
         return self.norm(x) @ self.table.T
 
 
