@@ -434,13 +434,13 @@ class TestDamage:
     def test_a_result_that_cannot_be_written(self, course, level, capsys):
         (course.grading(SECOND) / "results" / "ada.json").mkdir(parents=True)
         assert grade(course, level) == 1
-        self.others_are_graded(course, "ada", capsys.readouterr().out, "Not kept: ")
+        self.others_are_graded(course, "ada", capsys.readouterr().out, "Not kept in ")
 
     def test_no_room_for_any_result(self, course, level, capsys):
         (course.grading(SECOND) / "results").write_text("a file where the folder should be")
         assert grade(course, level) == 1
         out = capsys.readouterr().out
-        assert out.count("Not kept: ") == len(STUDENTS) and "4 of 4 could not be graded" in out
+        assert out.count("Not kept in ") == len(STUDENTS) and "4 of 4 could not be graded" in out
         assert points(course) == {}
 
     def test_a_student_who_is_not_in_the_roster(self, course, level, capsys):

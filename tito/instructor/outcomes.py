@@ -67,6 +67,5 @@ def _kept(folder: Path, assignment: Assignment, path: Path, text: str) -> Told:
         write_atomic(folder / "results" / path.name, text)
         write_atomic(folder / "logs" / f"{path.stem}.log", results.log_of(assignment, result))
     except OSError as error:
-        where = error.filename2 or error.filename or folder
-        return path.stem, None, f"Not kept: {where}: {error.strerror}. Make room there and run it again."
+        return path.stem, None, f"Not kept in {folder}: {error.strerror}. Make room there and run it again."
     return path.stem, result, ""
