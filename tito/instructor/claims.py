@@ -2,8 +2,9 @@
 
 A check that passes while it also accepts a wrong value compares nothing: its answer is an object equal to
 everything, a patched comparison or a forged reply. Each assertion of the check becomes a claim with a tilted
-expectation (`got == _tilt(expected)`); the worker counts the claims that held. Which claims fail as they should on
-the reference solution is found out once, when the lesson is released, and only these are kept.
+expectation (`got == _tilt(expected)`; `_same` tilts either side in turn); the worker counts the claims that held.
+Which claims fail as they should on the reference solution is found out once, when the lesson is released, and only
+these are kept.
 """
 
 from __future__ import annotations
@@ -48,9 +49,24 @@ class _Tilting(ast.NodeTransformer):
         number, self.count = self.count, self.count + 1
         if self.keep is not None and number not in self.keep:
             return ast.Expr(test)  # still evaluated: what it does may matter to what follows
-        wrong = _WrongExpectation().visit(self.visit(test))
+        wrong = _wrong(self.visit(test))
         say = ast.Lambda(ast.arguments([], [], None, [], [], None, []), wrong)
         return ast.Expr(ast.Call(ast.Name("_claim", ast.Load()), [ast.Constant(number), say], []))
+
+
+def _wrong(test: ast.expr) -> ast.expr:
+    """A condition that honest work does not meet. What is compared as a whole is tilted on either side, in turn."""
+    if isinstance(test, ast.BoolOp):
+        return ast.BoolOp(test.op, [_wrong(each) for each in test.values])
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+        return _same(ast.Constant(None), [test.left, test.comparators[0]], [])
+    if isinstance(test, ast.Call) and _name(test.func) in COMPARING and len(test.args) >= 2:
+        return _same(test.func, test.args, test.keywords)
+    return _WrongExpectation().visit(test)
+
+
+def _same(compare: ast.expr, values: list[ast.expr], options: list[ast.keyword]) -> ast.expr:
+    return ast.Call(ast.Name("_same", ast.Load()), [compare, *values], options)
 
 
 class _WrongExpectation(ast.NodeTransformer):

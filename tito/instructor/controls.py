@@ -24,14 +24,14 @@ def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, tuple[s
         session = Session("none", package, Limits(), private)
         try:
             modules = {name for cell in assignment.cells for name in imported_modules(cell.released)}
-            session.ask(SECONDS, do="begin", seed=0, imports=sorted(modules & set(assignment.modules)))
+            session.begin(SECONDS, 0, sorted(modules & set(assignment.modules)))
             for index, cell in enumerate(assignment.cells):
                 if cell.kind != "code" or "-measure-" in (cell.grade_id or ""):
                     continue
                 asked = {"id": index, "seconds": SECONDS}
                 if cell.role != "check":
                     source = solutions.get(cell.grade_id, cell.source)
-                    session.ask(SECONDS, do="cell", source=source, given=False, forget=[], **asked)
+                    session.ask(SECONDS, do="cell", source=source, given=[], forget=[], **asked)
                     continue
                 before = [each.source for each in assignment.cells[:index] if each.role == "check"]
                 real = session.ask(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +19,19 @@ from tito.course.processes import private_folder
 from tito.instructor.assignment import Assignment
 from tito.instructor.executed import Executed, executed_notebook
 from tito.instructor.job import Job
-from tito.instructor.names import bound_names, earlier, imported_modules, python_of
+from tito.instructor.names import bound_names, earlier, imported_modules
 from tito.instructor.package import package_folder
 from tito.instructor.result import CheckGrade, Result
-from tito.instructor.session import GRACE, Gone, Session
+from tito.instructor.session import GRACE, TOO_MUCH_OUTPUT, Gone, Session
 from tito.instructor.transplant import RunCell, transplant
 
-CONTROL_SECONDS = 10.0
 START_SECONDS = 60.0
 WORKERS = 8  # a cell that ends the worker is left out of the next one, so that the rest can still earn
 NOTEBOOK_CHARACTERS = 20_000_000
 UNTRUSTED = (
-    "This check cannot tell right from wrong in this notebook: it also accepts values that are wrong. It earns no "
-    "points until your instructor has looked at it."
+    "This check passes, but in this notebook it cannot tell right from wrong: the same check with wrong values did not "
+    "fail as it should. It earns no points until your instructor has looked at it. Return plain numbers, lists, arrays "
+    "or Tensors, and change nothing that does not belong to the exercise."
 )
 
 
@@ -64,6 +65,8 @@ def notebook_of(text: str) -> tuple[dict | None, str | None]:
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
         return None, f"The file is no notebook: it is not valid JSON{where}. {again}"
+    if isinstance(notebook, dict) and "worksheets" in notebook:
+        return None, "The notebook has an old format (nbformat 3). Open it in Jupyter, save it and hand it in again."
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         return None, f"The file is no notebook: it has no list of cells. {again}"
     return notebook, None
@@ -89,7 +92,26 @@ class _Run:
         return f"cell {index + 1}" + (f" ({name})" if name else "")
 
     def sentence(self, error: dict) -> str:
+        if error["name"] == "EOFError" and error["text"].startswith("EOF when reading a line"):
+            error = error | {"name": verdict.INPUT}
+        if error["name"] == "NameError" and (missing := self.missing(error["text"])):
+            return missing
         return verdict.sentence(error, {n: self.label(n) for n in range(len(self.cells))}, self.job.limits)
+
+    def missing(self, text: str) -> str:
+        """The sentence for a name that a hole was to define; empty where it is another name."""
+        name = re.match(r"name '(\w+)' is not defined", text)
+        for index, cell in enumerate(self.cells if name else ()):
+            if cell.role == "hole" and re.search(rf"(?m)^(def |class |# ){name[1]}\b", cell.origin.released):
+                done = self.executed.get(index, Executed())
+                if done.error and _unwritten(done.error):
+                    return self.sentence(done.error)
+                why = "did not run to its end" if done.error or done.late else "does not"
+                return (
+                    f"`{name[1]}` is not there: {self.label(index)} is to define it, and {why}. Write it there, "
+                    "restart the kernel and run all cells: each must run without an error."
+                )
+        return ""
 
     def left(self, seconds: float) -> float:
         return max(0.1, min(seconds, self.deadline - time.monotonic()))
@@ -127,7 +149,7 @@ def _all_cells(run: _Run, level: str, package: Path) -> None:
 def _serve(run: _Run, session: Session, first: int) -> int | None:
     """Run the cells in one worker, checks from `first` on. Where to go on with another worker; None at the end."""
     try:
-        session.ask(run.left(START_SECONDS), do="begin", seed=run.job.seed, imports=_imports(run))
+        session.begin(run.left(START_SECONDS), run.job.seed, _imports(run))
     except Gone as gone:
         raise CourseError(  # no student code has run yet: this is not a submission's fault, and no grade
             f"The sandbox ({session.level}) did not start: {session.last_words() or gone.why}.",
@@ -161,30 +183,35 @@ def _cell(run: _Run, session: Session, index: int) -> None:
     if not cell.source.strip() or "-measure-" in (cell.grade_id or ""):
         return
 
-    def ask(source: str, given: bool, forget: list[str]) -> dict:
+    def ask(source: str, given: tuple[str, ...] = (), forget: tuple[str, ...] = ()) -> dict:
         seconds = run.left(run.job.limits.cell_seconds)
         return session.ask(
             seconds + GRACE, do="cell", id=index, source=source, given=given, forget=forget, seconds=seconds
         )
 
     if cell.role in ("plain", "locked"):
-        reply = ask(cell.source, True, [])
-    elif cell.role == "hole":
-        reply = ask(python_of(cell.source), False, bound_names(cell.origin.released))
+        reply = ask(cell.source, given=bound_names(cell.source))
     else:
-        reply = ask(python_of(cell.source), False, [])
+        reply = ask(cell.source, forget=bound_names(cell.origin.released) if cell.role == "hole" else ())
     if cell.role == "edited":  # the student's wording may add names; those that the lesson defines there are its own
-        ask(cell.origin.released, True, [])
+        ask(cell.origin.released, given=bound_names(cell.origin.released))
     run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
+    _take_heard(run, session, index)
     if reply["late"]:
         run.notes.append(f"{_capital(run.label(index))}: {_small(verdict.late(run.job.limits))}")
-    elif reply["error"] and not (cell.role == "hole" and reply["error"]["name"] == "NotImplementedError"):
-        run.notes.append(f"{_capital(run.label(index))} failed: {run.sentence(reply['error'])}")
+    elif reply["error"] and cell.role in ("hole", "edited", "own") and not _unwritten(reply["error"]):
+        run.notes.append(f"{_capital(run.label(index))} failed: {_ended(run.sentence(reply['error']))}")
+
+
+def _unwritten(error: dict) -> bool:
+    return error["name"] == "NotImplementedError"
 
 
 def _check(run: _Run, session: Session, index: int) -> None:
     """Run a check and its control, in random order."""
     cell, control = run.cells[index], None
+    wrong_cell = run.assignment.controls.get(cell.grade_id, (cell.source,))[0]
+    claims = {int(number) for number in re.findall(r"\b_claim\((\d+), lambda", wrong_cell)}
     before = [each.source for each in run.cells[:index] if each.role == "check"]
 
     def ask(source: str, seconds: float, is_control: bool) -> dict:
@@ -195,37 +222,57 @@ def _check(run: _Run, session: Session, index: int) -> None:
         )  # fmt: skip
 
     def ask_control() -> dict:
-        return ask(run.assignment.controls.get(cell.grade_id, (cell.source,))[0], CONTROL_SECONDS, True)
+        return ask(wrong_cell, run.job.limits.cell_seconds, True)
 
     control_first = random.Random(f"{run.job.seed} {cell.grade_id}").random() < 0.5
     if control_first:
         control = ask_control()
     reply = ask(cell.source, run.job.limits.cell_seconds, False)
-    message = _message(run, cell.grade_id, reply)
+    message = _message(run, index, reply)
     if not message and not control_first:
         control = ask_control()
-    if not message and not _failed(control):
-        message = UNTRUSTED
-        run.flags.append(f"{cell.grade_id}: passes, and also accepts wrong values. Look at the code that it checks.")
+    _take_heard(run, session, index)
+    rests = [each.grade_id for each in run.cells[:index] if each.source in earlier(cell.source, before)]
+    if not message and any(run.verdicts.get(name, ("",))[0] == UNTRUSTED for name in rests if name):
+        message = UNTRUSTED  # it runs that check again
+    if not message and (wrong := _not_failed(control, claims)):
+        if not (control["late"] and run.time_is_up(index)):  # the run's end is no proof of anything
+            message = UNTRUSTED
+        run.flags.append(f"{cell.grade_id} passes, but {wrong}. Look at the code that it checks.")
     run.verdicts[cell.grade_id] = (message, float(reply["seconds"]))
     run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
 
 
-def _failed(control: dict) -> bool:
-    """Whether a control ended as it does on honest work: no claim held. A late one proves nothing."""
-    return control["late"] or (control["ended"] is not None) or control["held"] == []
+def _not_failed(control: dict, claims: set[int]) -> str:
+    """In which way a control did not fail as it does on honest work, which makes every claim and sees it refused."""
+    if control["held"]:
+        return "it also accepts wrong values"
+    if control["ended"] is not None or control["late"] or control["odd"] or set(control["made"] or []) != claims:
+        return "the same check with wrong values did not come to its end"
+    return ""
 
 
-def _message(run: _Run, name: str, reply: dict) -> str:
+def _message(run: _Run, index: int, reply: dict) -> str:
     """Why a check failed, as a sentence; empty where it passed."""
     if reply["late"]:
         return verdict.late(run.job.limits)
+    if reply["ended"] == TOO_MUCH_OUTPUT:
+        return _too_much(run.job.limits)
     if reply["ended"] is not None:
         return f"The check did not come to its end: {verdict.death(reply['ended'])}."
-    if reply["held"] is not None:  # only a control says what held
-        run.flags.append(f"{name}: the reply was not the worker's own.")
+    if reply["odd"] or reply["held"] is not None:  # only a control says what held
+        run.flags.append(f"{_capital(run.label(index))}: the reply was not the worker's own.")
         return UNTRUSTED
     return run.sentence(reply["error"]) or "The check failed." if reply["error"] else ""
+
+
+def _take_heard(run: _Run, session: Session, index: int) -> None:
+    for event in session.take_heard():
+        run.flags.append(f"{_capital(run.label(index))} tried {event}, which looks inside the grader; it was refused.")
+
+
+def _too_much(limits) -> str:
+    return f"Printed more than {limits.output_bytes / 1e6:g} MB. Is there a print in a loop?"
 
 
 def _blame(run: _Run, index: int, gone: Gone) -> None:
@@ -233,13 +280,17 @@ def _blame(run: _Run, index: int, gone: Gone) -> None:
     limits = run.job.limits
     words = {
         "late": verdict.late(limits),
-        "output": f"Printed more than {limits.output_bytes / 1e6:g} MB.",
+        "output": _too_much(limits),
         "died": f"It ended the run: {verdict.death(gone.code)}.",
     }[gone.why]
     run.executed[index] = Executed("", {"name": "Ended", "text": words, "place": None}, gone.why == "late")
     if run.cells[index].role == "check":
         run.verdicts[run.cells[index].grade_id] = (words, 0.0)
     run.notes.append(f"{_capital(run.label(index))} was left out: {_small(words)}")
+
+
+def _ended(text: str) -> str:
+    return text if text.rstrip().endswith((".", "?", ")")) else f"{text}."
 
 
 def _capital(text: str) -> str:

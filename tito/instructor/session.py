@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import random
 import secrets
 import subprocess
 import threading
@@ -17,7 +18,10 @@ from tito.instructor import sandbox
 WORKER = Path(__file__).resolve().parents[1] / "jobs" / "grade_cells.py"
 GRACE = 4.0  # seconds beyond a cell's limit until the sandbox is ended from outside
 LONGEST_LINE = 1_000_000
-TOO_MUCH_OUTPUT = 197  # exit status of a worker that printed too much
+TOO_MUCH_OUTPUT = 197  # exit status of a worker, or of a check in it, that printed too much
+BLANK = {
+    "error": None, "output": "", "seconds": 0.0, "late": False, "odd": False, "held": None, "made": None, "ended": None
+}  # fmt: skip
 
 
 class Gone(Exception):
@@ -50,6 +54,9 @@ class Session:
         _live.add(self)
         self.replies: queue.Queue[bytes] = queue.Queue(maxsize=100)
         self.stray = 0  # lines that nobody asked for
+        self.heard: set[str] = set()  # attempts that the worker refused, since the last reply
+        self._key = secrets.randbits(128)
+        self._tokens = None
         self._printed, self._last = 0, b""
         self._threads = [threading.Thread(target=job, daemon=True) for job in (self._hear, self._drain)]
         for thread in self._threads:
@@ -80,10 +87,15 @@ class Session:
         except (OSError, ValueError):
             pass
 
+    def begin(self, patience: float, seed: int, imports: list[str]) -> None:
+        """The first request. From now on both sides draw the same tokens, one for each reply; no request tells one."""
+        self.ask(patience, do="begin", key=self._key, seed=seed, imports=imports, output=self.limits.output_bytes)
+        self._tokens = random.Random(self._key)
+
     def ask(self, patience: float, /, **request) -> dict:
         """Send one request and wait `patience` seconds for its reply. Raises Gone where none comes."""
-        token = secrets.token_hex(8)
-        line = json.dumps({**request, "token": token}).encode() + b"\n"
+        token = self._tokens.getrandbits(64) if self._tokens else 0
+        line = json.dumps(request).encode() + b"\n"
         try:
             while line:
                 line = line[os.write(self.process.stdin.fileno(), line) :]
@@ -100,13 +112,27 @@ class Session:
             reply = sound_reply(line, token)
             if reply is not None:
                 return reply
+            self._note(line)
+
+    def _note(self, line: bytes) -> None:
+        """A line that is no reply: the worker tells of something that it refused, or student code wrote it."""
+        event = _parsed(line).get("heard")
+        if isinstance(event, str) and len(self.heard) < 10:
+            self.heard.add(_text(event)[:100])
+        else:
             self.stray += 1
+
+    def take_heard(self) -> list[str]:
+        """What was refused since the last call."""
+        heard, self.heard = sorted(self.heard), set()
+        return heard
 
     def _gone(self) -> Gone:
         try:
             code = self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
             code = None
+        code = 128 - code if code is not None and 128 < code < 160 else code  # a signal
         much = self._printed > self.limits.output_bytes or code == TOO_MUCH_OUTPUT
         return Gone("output" if much else "died", code)
 
@@ -123,13 +149,10 @@ class Session:
             thread.join(GRACE)
 
 
-def sound_reply(line: bytes, token: str) -> dict | None:
+def sound_reply(line: bytes, token: int) -> dict | None:
     """The reply in a line; None for what is none, since student code can write to the worker's pipe as well."""
-    try:
-        reply = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(reply, dict) or reply.get("token") != token:
+    reply = _parsed(line)
+    if reply.get("token") != token:
         return None
     error = reply.get("error")
     sound = (
@@ -137,12 +160,27 @@ def sound_reply(line: bytes, token: str) -> dict | None:
         and isinstance(reply.get("output", ""), str)
         and isinstance(reply.get("seconds", 0.0), (int, float))
         and isinstance(reply.get("late", False), bool)
+        and isinstance(reply.get("odd", False), bool)
         and isinstance(reply.get("held"), (list, type(None)))
         and isinstance(reply.get("made"), (list, type(None)))
         and isinstance(reply.get("ended"), (int, type(None)))
     )
-    blank = {"error": None, "output": "", "seconds": 0.0, "late": False, "held": None, "made": None, "ended": None}
-    return blank | reply if sound else None
+    return BLANK | _text(reply) if sound else None
+
+
+def _parsed(line: bytes) -> dict:
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _text(value):
+    """`value` with all its text such that it can be written as UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return {name: _text(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _is_error(error: object) -> bool:

@@ -2,7 +2,7 @@
 
 Whatever was done to the structure of the submitted notebook, what runs has every cell of the assignment, in its
 order: checks and locked cells from the source, holes and other code from the student, found by grade id, else by
-cell id, else by their text. Cells that the student added stand where they were put.
+cell id, else by their text, else (holes) by what they define. Cells that the student added stand where they were put.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from tito.course.notebook import digest
 from tito.instructor.assignment import Assignment, AssignmentCell
 
 MAX_CELLS = 2000
+MAX_FINDINGS = 50
+LOST = "had lost nbgrader's marks; the original was run in its place."
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,22 @@ def transplant(assignment: Assignment, notebook: dict) -> tuple[tuple[RunCell, .
         if index in home or not cell.source.strip():
             continue
         if cell.grading.get("grade") or cell.grading.get("locked"):
-            name = cell.grade_id or "without a name"
+            name = "".join(filter(str.isprintable, cell.grade_id or "without a name"))[:60]
             findings.append(f"A cell ({name}) calls itself graded or locked, and the lesson has none such: no points.")
         own.setdefault(before, []).append(RunCell(cell.kind, "own", cell.source))
+    if submitted and not any(cell.grading for cell in submitted):
+        findings = [text for text in findings if not text.endswith(LOST)]
+        findings.append("The notebook had lost all of nbgrader's marks. Cells were found by what stands in them.")
     result = list(own.get(-1, []))
     for number, cell in enumerate(cells):
         result += [cell, *own.get(number, [])]
-    return tuple(result), tuple(dict.fromkeys(findings))
+    return tuple(result), _bounded(list(dict.fromkeys(findings)))
+
+
+def _bounded(findings: list[str]) -> tuple[str, ...]:
+    """No more than anybody would read."""
+    more = len(findings) - MAX_FINDINGS
+    return (*findings[:MAX_FINDINGS], *([f"... and {more} findings more."] if more > 0 else []))
 
 
 def _cells(notebook: dict, findings: list[str]) -> list[_Submitted]:
@@ -79,14 +90,11 @@ def _cells(notebook: dict, findings: list[str]) -> list[_Submitted]:
         metadata = entry.get("metadata")
         grading = metadata.get("nbgrader") if isinstance(metadata, dict) else None
         grading = grading if isinstance(grading, dict) else {}
-        name = grading.get("grade_id")
+        name, number = grading.get("grade_id"), entry.get("id")
         source = source.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
-        cells.append(
-            _Submitted(
-                str(entry.get("id", "")), "code" if entry.get("cell_type") == "code" else "markdown", source,
-                name if isinstance(name, str) else None, grading,
-            )  # fmt: skip
-        )
+        kind = "code" if entry.get("cell_type") == "code" else "markdown"
+        number, name = (each if isinstance(each, str) else None for each in (number, name))
+        cells.append(_Submitted(number or "", kind, source, name, grading))
     return cells
 
 
@@ -108,11 +116,34 @@ def _match(assignment: Assignment, submitted: list[_Submitted], findings: list[s
     for number, cell in enumerate(assignment.cells):
         if number not in places:
             texts.setdefault((cell.kind, digest(cell.released)), []).append(number)
+    unknown = []
     for index in left:
         waiting = texts.get((submitted[index].kind, digest(submitted[index].source)))
         if waiting:
             places.setdefault(waiting.pop(0), []).append(index)
+        else:
+            unknown.append(index)
+    _match_holes(assignment, submitted, unknown, places)
     return places
+
+
+def _match_holes(
+    assignment: Assignment, submitted: list[_Submitted], unknown: list[int], places: dict[int, list[int]]
+) -> None:
+    """A hole that lost its marks: known by the definition that it begins with, else as the only code in its place."""
+    unknown = [index for index in unknown if submitted[index].kind == "code" and submitted[index].source.strip()]
+    for number, cell in enumerate(assignment.cells):
+        if cell.role != "hole" or number in places:
+            continue
+        first = next((line for line in cell.released.splitlines() if line.startswith(("def ", "class "))), None)
+        after = max((i for n, found in places.items() if n < number for i in found), default=-1)
+        until = min((i for n, found in places.items() if n > number for i in found), default=len(submitted))
+        here = [i for i in unknown if after < i < until]
+        same = [i for i in unknown if first and first in submitted[i].source.splitlines()]
+        found = same or (here if len(here) == 1 else [])
+        if found:
+            places[number] = found
+            unknown = [index for index in unknown if index not in found]
 
 
 def _cell(cell: AssignmentCell, submitted: list[_Submitted], indices: list[int], findings: list[str]) -> RunCell:
@@ -157,4 +188,4 @@ def _compare(cell: AssignmentCell, found: list[_Submitted], findings: list[str])
         if any(each.grading and each.grading.get(key) != expected.get(key) for each in found):
             findings.append(f"{what} {name}: its '{key}' was changed; the original counts.")
     if any(not each.grading for each in found):
-        findings.append(f"{what} {name} had lost nbgrader's marks; {again}.")
+        findings.append(f"{what} {name} {LOST}")
