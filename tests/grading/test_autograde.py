@@ -265,6 +265,13 @@ def left_over(course: GradingCourse) -> list[int]:
         time.sleep(0.1)
 
 
+def test_a_submission_that_a_killed_collect_left_half_brought_in_is_graded(course, level):
+    incoming = course.grading(SECOND) / "incoming" / "ada"
+    incoming.parent.mkdir(parents=True)
+    course.submitted("ada", SECOND).rename(incoming)
+    assert grade(course, level) == 0 and points(course) == STUDENTS
+
+
 class TestAgain:
     def test_points_are_what_the_submissions_deserve(self, undisturbed):
         assert points(undisturbed) == STUDENTS

@@ -6,7 +6,7 @@ from tito.course.errors import CourseError
 from tito.course.processes import private_folder
 from tito.instructor.assignment import Assignment
 from tito.instructor.claims import control_of
-from tito.instructor.names import earlier, imported_modules
+from tito.instructor.names import earlier, imports_of
 from tito.instructor.package import package_folder
 from tito.instructor.sandbox import Limits
 from tito.instructor.session import Gone, Session
@@ -23,8 +23,7 @@ def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, tuple[s
     with package_folder(assignment, {}) as package, private_folder() as private:
         session = Session("none", package, Limits(), private)
         try:
-            modules = {name for cell in assignment.cells for name in imported_modules(cell.released)}
-            session.begin(SECONDS, 0, sorted(modules & set(assignment.modules)))
+            session.begin(SECONDS, 0, imports_of(assignment))
             for index, cell in enumerate(assignment.cells):
                 if cell.kind != "code" or "-measure-" in (cell.grade_id or ""):
                     continue

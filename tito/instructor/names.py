@@ -51,9 +51,15 @@ def earlier(source: str, before: list[str], quiet: bool = False) -> list[str]:
     return chosen
 
 
-def tree(source: str, otherwise: ast.Module | None = ast.Module([], [])) -> ast.Module | None:  # noqa: B008
-    """The syntax tree of a cell; `otherwise` (an empty one) where it is no Python."""
+def imports_of(assignment) -> list[str]:
+    """Modules of an assignment's package that the lesson's own cells import."""
+    found = {name for cell in assignment.cells if cell.kind == "code" for name in imported_modules(cell.released)}
+    return sorted(found & set(assignment.modules))
+
+
+def tree(source: str) -> ast.Module:
+    """The syntax tree of a cell; an empty one where it is no Python."""
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return otherwise
+        return ast.Module([], [])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from pathlib import Path
 
 from tito.course.errors import CourseError
@@ -14,13 +12,16 @@ from tito.course.notebook import Cell
 from tito.instructor import assignment as assignments
 from tito.instructor.assignment import Assignment
 from tito.instructor.course import GradingCourse
+from tito.instructor.intake import store
 from tito.instructor.job import Job
-from tito.instructor.run import NOTEBOOK_CHARACTERS, notebook_of
+from tito.instructor.submission import notebook_of, submitted_text
 from tito.instructor.transplant import transplant
 
 
 def make_jobs(course: GradingCourse, assignment: Assignment, students: list[str], cumulative: bool) -> list[Path]:
     """Write the jobs of `students` (default: all who handed in) and return their files, in order."""
+    with store.locked(course, assignment.name):
+        store.repair(course, assignment.name)  # a submission that a killed `collect` had half brought in
     there = course.submitters(assignment.name)
     unknown = sorted(set(students) - set(there))
     if unknown:
@@ -49,31 +50,9 @@ def make_jobs(course: GradingCourse, assignment: Assignment, students: list[str]
 
 def job_of(course: GradingCourse, assignment: Assignment, student: str, cumulative: bool) -> Job:
     """The job of one student's submission."""
-    notebook, problem = submission(course, assignment, student)
+    notebook, problem = submitted_text(course, assignment, student)
     package, notes = own_package(course, assignment, student) if cumulative else ({}, [])
     return Job(student, assignment.name, assignment.hash, notebook, problem, package, tuple(notes))
-
-
-def submission(course: GradingCourse, assignment: Assignment, student: str) -> tuple[str | None, str | None]:
-    """The text of the submitted notebook, or None and the reason. Reads a regular file and nothing else."""
-    path = course.submitted(student, assignment.name) / f"{assignment.notebook}.ipynb"
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        return None, f"No notebook {path.name} was handed in."
-    except OSError as error:
-        return None, f"The submitted {path.name} cannot be read: {error.strerror}."
-    with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return None, f"The submitted {path.name} is no file."
-        data = stream.read(4 * NOTEBOOK_CHARACTERS + 1)
-    if len(data) > NOTEBOOK_CHARACTERS:
-        limit = f"{NOTEBOOK_CHARACTERS / 1e6:g} MB"
-        return None, f"The notebook is larger than {limit}. Clear its outputs and hand it in again."
-    try:
-        return data.decode("utf-8-sig"), None
-    except UnicodeDecodeError as error:
-        return None, f"The file is no notebook: it is not UTF-8 (byte {error.start}). Hand it in as Jupyter saves it."
 
 
 def own_package(course: GradingCourse, assignment: Assignment, student: str) -> tuple[dict[str, str], list[str]]:
@@ -83,7 +62,7 @@ def own_package(course: GradingCourse, assignment: Assignment, student: str) -> 
         earlier = assignments.read(course.frozen(name))
         if earlier.number >= assignment.number:
             continue
-        text, problem = submission(course, earlier, student)
+        text, problem = submitted_text(course, earlier, student)
         notebook = None
         if text is not None:
             notebook, problem = notebook_of(text)

@@ -6,7 +6,6 @@ earns its points when it ran to its end and its control, sent in the same form a
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import time
@@ -19,15 +18,15 @@ from tito.course.processes import private_folder
 from tito.instructor.assignment import Assignment
 from tito.instructor.executed import Executed, executed_notebook
 from tito.instructor.job import Job
-from tito.instructor.names import bound_names, earlier, imported_modules
+from tito.instructor.names import bound_names, earlier, imports_of
 from tito.instructor.package import package_folder
 from tito.instructor.result import CheckGrade, Result
 from tito.instructor.session import GRACE, TOO_MUCH_OUTPUT, Gone, Session
+from tito.instructor.submission import notebook_of
 from tito.instructor.transplant import RunCell, transplant
 
 START_SECONDS = 60.0
 WORKERS = 8  # a cell that ends the worker is left out of the next one, so that the rest can still earn
-NOTEBOOK_CHARACTERS = 20_000_000
 UNTRUSTED = (
     "This check passes, but in this notebook it cannot tell right from wrong: the same check with wrong values did not "
     "fail as it should. It earns no points until your instructor has looked at it. Return plain numbers, lists, arrays "
@@ -53,23 +52,6 @@ def run_job(job: Job, assignment: Assignment, level: str) -> Result:
         executed_notebook(assignment, cells, run.executed, {check.id: check for check in checks}),
         round(time.monotonic() - started, 3),
     )  # fmt: skip
-
-
-def notebook_of(text: str) -> tuple[dict | None, str | None]:
-    """The notebook in a submitted text, or None and the reason why there is none to run."""
-    again = "Hand in the notebook as Jupyter saves it."
-    if len(text) > NOTEBOOK_CHARACTERS:
-        return None, f"The notebook is larger than {NOTEBOOK_CHARACTERS / 1e6:g} MB. Clear its outputs. {again}"
-    try:
-        notebook = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
-        return None, f"The file is no notebook: it is not valid JSON{where}. {again}"
-    if isinstance(notebook, dict) and "worksheets" in notebook:
-        return None, "The notebook has an old format (nbformat 3). Open it in Jupyter, save it and hand it in again."
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
-        return None, f"The file is no notebook: it has no list of cells. {again}"
-    return notebook, None
 
 
 @dataclass
@@ -173,8 +155,7 @@ def _imports(run: _Run) -> list[str]:
     """Modules of the reference to load before any student code, so that the ground can be restored to them."""
     if run.job.package:  # some are the student's own
         return []
-    wanted = {name for cell in run.assignment.cells for name in imported_modules(cell.released)}
-    return sorted(wanted & set(run.assignment.modules))
+    return imports_of(run.assignment)
 
 
 def _cell(run: _Run, session: Session, index: int) -> None:
@@ -236,8 +217,7 @@ def _check(run: _Run, session: Session, index: int) -> None:
     if not message and any(run.verdicts.get(name, ("",))[0] == UNTRUSTED for name in rests if name):
         message = UNTRUSTED  # it runs that check again
     if not message and (wrong := _not_failed(control, claims)):
-        if not (control["late"] and run.time_is_up(index)):  # the run's end is no proof of anything
-            message = UNTRUSTED
+        message = "" if control["late"] else UNTRUSTED  # slowness, maybe the machine's, is no proof of anything
         run.flags.append(f"{cell.grade_id} passes, but {wrong}. Look at the code that it checks.")
     run.verdicts[cell.grade_id] = (message, float(reply["seconds"]))
     run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
@@ -281,6 +261,7 @@ def _blame(run: _Run, index: int, gone: Gone) -> None:
     words = {
         "late": verdict.late(limits),
         "output": _too_much(limits),
+        "memory": f"Used more than {2 * limits.memory_bytes / 2**30:g} GiB of memory with all that it started.",
         "died": f"It ended the run: {verdict.death(gone.code)}.",
     }[gone.why]
     run.executed[index] = Executed("", {"name": "Ended", "text": words, "place": None}, gone.why == "late")

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from tito.course.errors import CourseError
 from tito.instructor import sandbox
+from tito.instructor.memory import holds_more
 
 WORKER = Path(__file__).resolve().parents[1] / "jobs" / "grade_cells.py"
 GRACE = 4.0  # seconds beyond a cell's limit until the sandbox is ended from outside
+WATCH = 0.5  # seconds between two looks at the memory of a run that takes longer
 LONGEST_LINE = 1_000_000
 TOO_MUCH_OUTPUT = 197  # exit status of a worker, or of a check in it, that printed too much
 BLANK = {
@@ -25,7 +27,7 @@ BLANK = {
 
 
 class Gone(Exception):
-    """The worker ended or was ended: `why` is late, output or died; `code` its exit status where there is one."""
+    """The worker ended or was ended. `why`: late, output, memory, died; `code`: its exit status, where there is one."""
 
     def __init__(self, why: str, code: int | None = None):
         super().__init__(why)
@@ -52,6 +54,8 @@ class Session:
         self.level, self.limits, self.mark = level, limits, secrets.token_hex(16)
         self.process = sandbox.start(level, WORKER, package, limits, private, self.mark)
         _live.add(self)
+        if _stopping.is_set():  # it was started while the others were ended
+            self.process.kill()
         self.replies: queue.Queue[bytes] = queue.Queue(maxsize=100)
         self.stray = 0  # lines that nobody asked for
         self.heard: set[str] = set()  # attempts that the worker refused, since the last reply
@@ -104,9 +108,13 @@ class Session:
         deadline = time.monotonic() + patience
         while True:
             try:
-                line = self.replies.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = self.replies.get(timeout=max(0.0, min(WATCH, deadline - time.monotonic())))
             except queue.Empty:
-                raise Gone("late") from None
+                if holds_more(self.process.pid, 2 * self.limits.memory_bytes):
+                    raise Gone("memory") from None
+                if time.monotonic() >= deadline:
+                    raise Gone("late") from None
+                continue
             if not line:
                 raise self._gone()
             reply = sound_reply(line, token)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import BinaryIO
 
+from tito.instructor.submission import LARGEST
+
 MIB = 2**20
-MOST_BYTES = 20 * MIB  # of one file
+MOST_BYTES = LARGEST  # of one file
 MOST_FILES = 20_000  # in a zip, or in one student's folder
 CLUTTER = {"__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini"}  # and every name that begins with a dot
 
