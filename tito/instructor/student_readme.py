@@ -35,9 +35,9 @@ notebook and keeps yours as a backup. `tito module list` shows all lessons, `tit
 |---|---|---|---|
 {table}
 
-Hand in the notebook itself, saved and under its own name. Your code in the cells that said "Your code here" counts, and
-nothing else: checks that were changed or deleted are put back before grading. They then also run with other numbers
-than those you see, so write what the text asks for rather than what a check happens to look at.
+Hand in the notebook itself, saved and under its own name. Your code runs with it, in the cells that said "Your code
+here" and in cells of your own; checks that were changed or deleted are put back before grading. They then also run with
+other numbers than those you see, so write what the text asks for rather than what a check happens to look at.
 
 {built} not here yet: {they} what you build. Until a lesson is completed,
 those that need it cannot run.
