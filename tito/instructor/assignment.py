@@ -49,7 +49,7 @@ class Assignment:
     cells: tuple[AssignmentCell, ...]
     titles: dict[str, str]  # grade id of each check -> its title
     hints: dict[str, str]  # grade id of a check -> first hint of its exercise, where it has one
-    controls: dict[str, tuple[str, ...]]  # grade id of a check -> the same check with a wrong expectation
+    controls: dict[str, str]  # grade id of a check -> the same check with wrong expectations
     package: dict[str, str]  # path -> text: tinytorch without this lesson's file and without later lessons
 
     @functools.cached_property
@@ -79,7 +79,6 @@ def from_text(text: str) -> Assignment:
     """The assignment that `as_text` wrote."""
     fields = json.loads(text)
     fields["cells"] = tuple(AssignmentCell(**cell) for cell in fields["cells"])
-    fields["controls"] = {name: tuple(sources) for name, sources in fields["controls"].items()}
     return Assignment(**fields)
 
 

@@ -94,7 +94,7 @@ def _level(wanted: str, scheduler: str | None) -> str:
         if wanted not in ("auto", "bwrap", "landlock", "none"):
             raise CourseError(f"There is no sandbox '{wanted}'.", "Choose auto, bwrap, landlock or none.")
         show.line(f"Sandbox: {wanted}, on each worker of {scheduler}.")
-        return "landlock" if wanted == "auto" else wanted
+        return "landlock" if wanted == "auto" else wanted  # the least that a result must have to be kept
     level = sandbox.choose(wanted)
     warning = "; a submission can read and change everything that you can" if level == "none" else ""
     show.line(f"Sandbox: {level}{warning}.")

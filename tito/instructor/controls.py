@@ -14,12 +14,12 @@ from tito.instructor.session import Gone, Session
 SECONDS = 60.0
 
 
-def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, str]:
     """The control of every check, kept to the claims that the solution fails as it should.
 
     `solutions`: grade id of each hole -> its solved source. Raises CourseError where the solution fails a check.
     """
-    made: dict[str, tuple[str, ...]] = {}
+    made: dict[str, str] = {}
     with package_folder(assignment, {}) as package, private_folder() as private:
         session = Session("none", package, Limits(), private)
         try:
@@ -42,7 +42,7 @@ def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, tuple[s
                     define=earlier(cell.source, before, quiet=True), **asked,
                 )  # fmt: skip
                 reliable = set(wrong["made"] or []) - set(wrong["held"] or [])
-                made[cell.grade_id] = (control_of(cell.source, reliable),)
+                made[cell.grade_id] = control_of(cell.source, reliable)
         except Gone as gone:
             raise CourseError(
                 f"The reference solution of {assignment.name} cannot be run: {gone.why}. {session.last_words()}",

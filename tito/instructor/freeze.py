@@ -83,7 +83,7 @@ def rooms(root: Path) -> dict[str, str]:
     return {path: text for path, text in texts.items() if not path.startswith("tinytorch/viewer/")}
 
 
-def _controls(assignment: Assignment, solutions: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def _controls(assignment: Assignment, solutions: dict[str, str]) -> dict[str, str]:
     """Checks that must fail for any honest work; making them shows that the solution passes every check."""
     from tito.instructor import controls
 

@@ -22,7 +22,7 @@ QUOTING = re.compile(r"\\+(?:[nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{
 def hidden_lines(assignment: Assignment) -> frozenset[str]:
     """The lines that grading runs and students never got, in the form in which messages are searched for them."""
     released = {_bare(line) for cell in assignment.cells for line in cell.released.splitlines()}
-    run = [cell.source for cell in assignment.cells] + [text for each in assignment.controls.values() for text in each]
+    run = [cell.source for cell in assignment.cells] + list(assignment.controls.values())
     lines = (line.strip() for text in run for line in text.splitlines())
     return frozenset(_bare(line) for line in lines if len(line) >= SHORTEST) - released - {""}
 

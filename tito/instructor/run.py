@@ -191,7 +191,7 @@ def _unwritten(error: dict) -> bool:
 def _check(run: _Run, session: Session, index: int) -> None:
     """Run a check and its control, in random order."""
     cell, control = run.cells[index], None
-    wrong_cell = run.assignment.controls.get(cell.grade_id, (cell.source,))[0]
+    wrong_cell = run.assignment.controls.get(cell.grade_id, cell.source)
     claims = {int(number) for number in re.findall(r"\b_claim\((\d+), lambda", wrong_cell)}
     before = [each.source for each in run.cells[:index] if each.role == "check"]
 

@@ -53,7 +53,7 @@ def small_lesson() -> Assignment:
     return Assignment(
         NAME, NOTEBOOK, "17", "Small & simple", "tinytorch.generation.kv_cache", cells,
         {"17-double-test": "Doubling", "17-halve-test": "Halving"}, {"17-double-test": "What is 2 + 2?"},
-        {"17-halve-test": ("    assert halve(1729) == 865.5\n",)}, {},
+        {"17-halve-test": "    assert halve(1729) == 865.5\n"}, {},
     )  # fmt: skip
 
 
