@@ -316,14 +316,18 @@ def execute(worker: SimpleNamespace, number: int, source: str, names: dict) -> N
     name = f"<cell {number}>"
     source = python_of(source, name)
     worker.sources[name] = number, source
-    exec(compile(source, name, "exec", dont_inherit=True), names)
+    try:
+        code = compile(source, name, "exec", dont_inherit=True)
+    except ValueError as error:  # of NUL, before Python 3.11.4
+        raise SyntaxError(str(error)) from None
+    exec(code, names)
 
 
 def python_of(source: str, name: str) -> str:
     """A cell as Python: where it is none, without notebook commands (lines that begin with % or !)."""
     try:
         compile(source, name, "exec", dont_inherit=True)
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         lines = source.split("\n")
         return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
     return source
