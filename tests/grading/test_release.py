@@ -891,3 +891,11 @@ def test_release_killed_at_every_point(empty_course, released_course, mini_root,
             assert student == new, "what is released has been handed out"
         then = {name: text for name, text in state["then"].items() if not name.startswith("student-before-")}
         assert then == end, "the next release makes it whole"
+
+
+def test_an_assignment_of_another_format_asks_for_a_new_release(tmp_path):
+    path = tmp_path / "assignment.json"
+    path.write_text('{"format": 0, "name": "17_memoization"}', encoding="utf-8")
+    with pytest.raises(CourseError, match="format 0.*format 1") as refused:
+        assignment.read(path)
+    assert "tito grade release" in refused.value.hint

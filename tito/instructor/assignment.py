@@ -16,6 +16,8 @@ from tito.course.errors import CourseError
 from tito.course.files import write_atomic
 from tito.instructor.course import GradingCourse
 
+FORMAT = 1  # of assignment.json
+
 
 @dataclass(frozen=True)
 class AssignmentCell:
@@ -72,12 +74,14 @@ class Assignment:
         return [name.removesuffix(".py").replace("/", ".") for name in files]
 
     def as_text(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
 
 
 def from_text(text: str) -> Assignment:
     """The assignment that `as_text` wrote."""
     fields = json.loads(text)
+    if (format := fields.pop("format", None)) != FORMAT:
+        raise ValueError(f"it has format {format}, and this tito reads format {FORMAT}")
     fields["cells"] = tuple(AssignmentCell(**cell) for cell in fields["cells"])
     return Assignment(**fields)
 
@@ -109,5 +113,5 @@ def read(path: Path) -> Assignment:
         return from_text(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise CourseError(
-            f"{path} cannot be read: {error!r}.", "Release the lesson again: `tito grade release` writes it anew."
+            f"{path} cannot be read: {error}.", "Release the lesson again: `tito grade release` writes it anew."
         ) from None
