@@ -1,7 +1,7 @@
 """The command line: parse, call one function, exit with its code.
 
 Nothing beyond Typer is imported at the top. Each command imports its own module when it runs, so `tito --help` is
-quick; tests/architecture/test_budgets.py measures that.
+quick; tests/architecture/test_budgets.py holds it to that.
 """
 
 from __future__ import annotations
