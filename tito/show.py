@@ -17,7 +17,7 @@ SPELLED = {
     "…": "...", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "√": "sqrt", "∞": "inf", "∈": "in",
     "\N{GREEK SMALL LETTER MU}": "u", "\N{MICRO SIGN}": "u",
 }  # fmt: skip
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")  # colour codes and the like
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # colour codes and the like
 WIDTH = 100  # a line is no longer than this, however wide the terminal
 STATES = {"pass": "green", "FAIL": "bold red", "yours": "green", "completed": "green", "ok": "green"}
 STATES |= {"changed": "yellow", "missing": "bold red", "problem": "bold red"}
@@ -118,9 +118,9 @@ def rows(table: list[tuple[str, ...]], header: tuple[str, ...] = (), indent: int
 
 
 def _carried(text: str) -> str:
-    """`text` as the stream will carry it, so that columns are measured right."""
+    """`text` as the stream will carry it, so that columns are measured right; without control characters."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "tito-spell").decode(encoding)
+    return CONTROL.sub("", text).encode(encoding, "tito-spell").decode(encoding)
 
 
 def steps(*commands: tuple[str, str]) -> None:

@@ -533,6 +533,12 @@ class TestOutput:
         log = (course.grading(SECOND) / "logs" / "bob.log").read_text()
         assert "bob: 02_sums, 2 of 5 points" in log and "0/3  02-total-test" in log and "got 1" in log
 
+    def test_no_message_steers_the_terminal_on_which_its_log_is_read(self, undisturbed):
+        known = result(undisturbed, "bob")
+        checks = tuple(replace(check, message="\x1b[2Jgone\x9b31m\r\x07") for check in known.checks)
+        text = results.log_of(assignments.load(undisturbed, "02"), replace(known, checks=checks))
+        assert "gone" in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
     def test_on_a_terminal_a_bar_and_no_line_too_long(self, course, level):
         pty, fcntl = pytest.importorskip("pty"), pytest.importorskip("fcntl")
         import struct

@@ -7,6 +7,7 @@ from pathlib import Path
 from tito.course.errors import CourseError
 from tito.instructor import job as jobs
 from tito.instructor.assignment import Assignment
+from tito.instructor.hidden import plain
 from tito.instructor.job import Job
 from tito.instructor.result import Result
 from tito.instructor.result import from_text as from_text
@@ -51,4 +52,4 @@ def log_of(assignment: Assignment, result: Result) -> str:
     for check in result.checks:
         lines.append(f"{check.earned:g}/{check.points:g}  {check.id}  {assignment.titles.get(check.id, '')}")
         lines += [f"        {line}" for line in check.message.splitlines()]
-    return "\n".join(lines) + "\n"
+    return plain("\n".join(lines)) + "\n"  # a message may be a student's, and the log is read on a terminal
