@@ -191,7 +191,7 @@ class Progress:
     def step(self, row: tuple[str, ...], bad: bool = False) -> None:
         """One more is done; `row` tells which, how, and a remark, last."""
         if row[-1] or not console().is_terminal:
-            console().print(wrapped(CONTROL.sub("", "  ".join(row))), style="bold red" if bad else None)
+            console().print(wrapped("  ".join(row)), style="bold red" if bad else None)
         self._bar.advance(self._task)
 
 

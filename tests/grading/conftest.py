@@ -68,6 +68,12 @@ def level() -> str:
 
 
 @pytest.fixture(scope="session")
+def wanted(level) -> str:
+    """What to ask for by `--sandbox`, so that the same tests run where nothing holds."""
+    return "none" if level == "none" else "auto"
+
+
+@pytest.fixture(scope="session")
 def contained(level) -> str:
     """For what needs walls: files, network."""
     if level == "none":

@@ -84,16 +84,6 @@ def hand_in(course: GradingCourse, student: str, assignment: Assignment, text: s
 
 
 @pytest.fixture(scope="module")
-def level() -> str:
-    """What `--sandbox auto` reaches here; `none` where nothing holds."""
-    try:
-        sandbox.choose("auto")
-        return "auto"
-    except CourseError:
-        return "none"
-
-
-@pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     """A course of two released lessons with four submissions of the second, registered by nbgrader itself."""
     from nbgrader.apps.api import NbGraderAPI
@@ -123,12 +113,12 @@ def template(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(template, tmp_path_factory, level) -> GradingCourse:
+def undisturbed(template, tmp_path_factory, wanted) -> GradingCourse:
     """The course, graded once."""
     root = tmp_path_factory.mktemp("undisturbed") / "course"
     shutil.copytree(template, root)
     course = GradingCourse(root)
-    assert grade(course, level) == 0
+    assert grade(course, wanted) == 0
     return course
 
 
@@ -138,9 +128,9 @@ def course(template, tmp_path) -> GradingCourse:
     return GradingCourse(tmp_path / "course")
 
 
-def grade(course: GradingCourse, level: str, students=(), rerun=False, cumulative=False, count=2) -> int:
+def grade(course: GradingCourse, wanted: str, students=(), rerun=False, cumulative=False, count=2) -> int:
     """`tito grade autograde 02`, in this process."""
-    return autograde.autograde(course, "02", count, list(students), rerun, level, cumulative, None)
+    return autograde.autograde(course, "02", count, list(students), rerun, wanted, cumulative, None)
 
 
 def rows(course: GradingCourse) -> list[tuple]:
@@ -265,44 +255,44 @@ def left_over(course: GradingCourse) -> list[int]:
         time.sleep(0.1)
 
 
-def test_a_submission_that_a_killed_collect_left_half_brought_in_is_graded(course, level):
+def test_a_submission_that_a_killed_collect_left_half_brought_in_is_graded(course, wanted):
     incoming = course.grading(SECOND) / "incoming" / "ada"
     incoming.parent.mkdir(parents=True)
     course.submitted("ada", SECOND).rename(incoming)
-    assert grade(course, level) == 0 and points(course) == STUDENTS
+    assert grade(course, wanted) == 0 and points(course) == STUDENTS
 
 
 class TestAgain:
     def test_points_are_what_the_submissions_deserve(self, undisturbed):
         assert points(undisturbed) == STUDENTS
 
-    def test_a_second_run_starts_nothing_and_changes_nothing(self, undisturbed, tmp_path, level, ran):
+    def test_a_second_run_starts_nothing_and_changes_nothing(self, undisturbed, tmp_path, wanted, ran):
         course = GradingCourse(shutil.copytree(undisturbed.root, tmp_path / "course"))
         before = kept(course), rows(course)
-        assert grade(course, level) == 0
+        assert grade(course, wanted) == 0
         assert ran == [] and (kept(course), rows(course)) == before
 
     @pytest.mark.parametrize("count", [1, 2])
-    def test_a_rerun_gives_the_same_bit_for_bit(self, undisturbed, tmp_path, level, count):
+    def test_a_rerun_gives_the_same_bit_for_bit(self, undisturbed, tmp_path, wanted, count):
         course = GradingCourse(shutil.copytree(undisturbed.root, tmp_path / "course"))
         shutil.rmtree(course.grading(SECOND) / "logs")
-        assert grade(course, level, rerun=True, count=count) == 0
+        assert grade(course, wanted, rerun=True, count=count) == 0
         assert len(list((course.grading(SECOND) / "logs").glob("*.log"))) == len(STUDENTS)
         assert kept(course) == kept(undisturbed) and rows(course) == rows(undisturbed)
 
-    def test_only_the_named_student_is_graded(self, course, level):
-        assert grade(course, level, students=["bob", "bob"]) == 0
+    def test_only_the_named_student_is_graded(self, course, wanted):
+        assert grade(course, wanted, students=["bob", "bob"]) == 0
         assert points(course) == {"bob": 2.0} and list(kept(course)) == ["bob"]
 
-    def test_a_new_submission_alone_is_run_again(self, undisturbed, tmp_path, level, ran):
+    def test_a_new_submission_alone_is_run_again(self, undisturbed, tmp_path, wanted, ran):
         course = GradingCourse(shutil.copytree(undisturbed.root, tmp_path / "course"))
         second = assignments.load(course, "02")
         hand_in(course, "dan", second, notebook(second))
-        assert grade(course, level) == 0
+        assert grade(course, wanted) == 0
         assert ran == ["dan"] and points(course) == STUDENTS | {"dan": 5.0}
 
-    def test_a_result_of_a_weaker_sandbox_does_not_do(self, course, level):
-        if level == "none":
+    def test_a_result_of_a_weaker_sandbox_does_not_do(self, course, wanted):
+        if wanted == "none":
             pytest.skip("no sandbox holds here")
         assert grade(course, "none", students=["ada"]) == 0
         assert result(course, "ada").sandbox == "none"
@@ -322,25 +312,25 @@ KILLS = {
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 @pytest.mark.parametrize("fault", KILLS.values(), ids=KILLS)
-def test_killed_it_goes_on_where_it_was(course, undisturbed, level, ran, fault):
+def test_killed_it_goes_on_where_it_was(course, undisturbed, wanted, ran, fault):
     """What has a result is not run again, and no grade is lost or doubled."""
-    killed = tito(course, "autograde", "02", "--jobs", "2", "--sandbox", level, fault=fault)
+    killed = tito(course, "autograde", "02", "--jobs", "2", "--sandbox", wanted, fault=fault)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    if level != "none":
+    if wanted != "none":
         assert left_over(course) == []
     finished = set(kept(course))
-    assert grade(course, level) == 0
+    assert grade(course, wanted) == 0
     assert sorted(ran) == sorted(set(STUDENTS) - finished)
     assert kept(course) == kept(undisturbed) and rows(course) == rows(undisturbed)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_ends_everything_and_says_how_to_go_on(course, level):
+def test_ctrl_c_ends_everything_and_says_how_to_go_on(course, wanted):
     second = assignments.load(course, "02")
     for student in ("bob", "dan"):
         hand_in(course, student, second, notebook(second, total="while True: pass\n"))
     process = subprocess.Popen(
-        command(course, "", "autograde", "02", "--jobs", "4", "--sandbox", level), cwd=course.root, env=environment(),
+        command(course, "", "autograde", "02", "--jobs", "4", "--sandbox", wanted), cwd=course.root, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -359,11 +349,11 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(course, level):
 
 
 class TestApart:
-    def test_shards_in_copied_folders_come_to_the_same(self, course, undisturbed, level, tmp_path):
+    def test_shards_in_copied_folders_come_to_the_same(self, course, undisturbed, wanted, tmp_path):
         assert autograde.plan(course, "02", [], False) == 0
         copies = [shutil.copytree(course.grading(SECOND), tmp_path / f"machine{n}" / SECOND) for n in (1, 2)]
         for number, copy in enumerate(copies, start=1):
-            assert autograde.run(copy, f"{number}/2", 1, False, level) == 0
+            assert autograde.run(copy, f"{number}/2", 1, False, wanted) == 0
             assert len(list((copy / "results").iterdir())) == 2
             shutil.copytree(copy / "results", course.grading(SECOND) / "results", dirs_exist_ok=True)
         for _ in range(2):
@@ -406,30 +396,30 @@ class TestDamage:
         line = next(line for line in out.splitlines() if line.startswith(student))
         assert words in line, line
 
-    def test_a_job_that_cannot_be_read(self, course, level, capsys):
+    def test_a_job_that_cannot_be_read(self, course, wanted, capsys):
         autograde.plan(course, "02", [], False)
         for text in ("{", '{"student": "ada"}', "[]"):
             (course.grading(SECOND) / "jobs" / "ada.json").write_text(text)
-            assert autograde.run(course.grading(SECOND), "1/1", 2, False, level) == 1
+            assert autograde.run(course.grading(SECOND), "1/1", 2, False, wanted) == 1
         assert autograde.merge(course, "02") == 0
         self.others_are_graded(course, "ada", capsys.readouterr().out, "cannot be read")
 
-    def test_a_job_of_another_release(self, course, level, capsys):
+    def test_a_job_of_another_release(self, course, wanted, capsys):
         autograde.plan(course, "02", [], False)
         path = course.grading(SECOND) / "jobs" / "ada.json"
         path.write_text(path.read_text().replace(assignments.load(course, "02").hash, "0" * 64))
-        assert autograde.run(course.grading(SECOND), "1/1", 2, False, level) == 1
+        assert autograde.run(course.grading(SECOND), "1/1", 2, False, wanted) == 1
         autograde.merge(course, "02")
         self.others_are_graded(course, "ada", capsys.readouterr().out, "another release")
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"checks": 3}', '{"checks": [{}]}'])
-    def test_a_result_that_cannot_be_read_is_made_again(self, undisturbed, tmp_path, level, capsys, text):
+    def test_a_result_that_cannot_be_read_is_made_again(self, undisturbed, tmp_path, wanted, capsys, text):
         course = GradingCourse(shutil.copytree(undisturbed.root, tmp_path / "course"))
         path = course.grading(SECOND) / "results" / "ada.json"
         path.write_text(text)
         assert autograde.merge(course, "02") == 1
         assert re.search(r"^ada  -  .*ada\.json cannot be read", capsys.readouterr().out, re.MULTILINE)
-        assert grade(course, level) == 0 and kept(course) == kept(undisturbed)
+        assert grade(course, wanted) == 0 and kept(course) == kept(undisturbed)
 
     def test_a_result_under_another_name(self, undisturbed, tmp_path):
         course = GradingCourse(shutil.copytree(undisturbed.root, tmp_path / "course"))
@@ -438,25 +428,25 @@ class TestDamage:
         assert autograde.merge(course, "02") == 1
         assert points(course) == STUDENTS
 
-    def test_a_result_that_cannot_be_written(self, course, level, capsys):
+    def test_a_result_that_cannot_be_written(self, course, wanted, capsys):
         (course.grading(SECOND) / "results" / "ada.json").mkdir(parents=True)
-        assert grade(course, level) == 1
+        assert grade(course, wanted) == 1
         self.others_are_graded(course, "ada", capsys.readouterr().out, "Not kept in ")
 
-    def test_no_room_for_any_result(self, course, level, capsys):
+    def test_no_room_for_any_result(self, course, wanted, capsys):
         (course.grading(SECOND) / "results").write_text("a file where the folder should be")
-        assert grade(course, level) == 1
+        assert grade(course, wanted) == 1
         out = capsys.readouterr().out
         assert out.count("Not kept in ") == len(STUDENTS) and "4 of 4 could not be graded" in out
         assert points(course) == {}
 
-    def test_a_student_who_is_not_in_the_roster(self, course, level, capsys):
+    def test_a_student_who_is_not_in_the_roster(self, course, wanted, capsys):
         second = assignments.load(course, "02")
         hand_in(course, "zoe", second, notebook(second))
-        assert grade(course, level) == 1
+        assert grade(course, wanted) == 1
         self.others_are_graded(course, "zoe", capsys.readouterr().out, "tito grade roster")
 
-    def test_a_mistake_of_ours_in_one_of_them(self, course, level, capsys, monkeypatch):
+    def test_a_mistake_of_ours_in_one_of_them(self, course, wanted, capsys, monkeypatch):
         from tito.instructor.gradebook import Writer
 
         merge = Writer.merge
@@ -467,21 +457,21 @@ class TestDamage:
             return merge(self, assignment, result, timestamp)
 
         monkeypatch.setattr(Writer, "merge", failing)
-        assert grade(course, level) == 1
+        assert grade(course, wanted) == 1
         self.others_are_graded(course, "ada", capsys.readouterr().out, "Not merged: KeyError: 'ours'")
 
-    def test_nobody_handed_in_and_nobody_of_that_name(self, course, level):
+    def test_nobody_handed_in_and_nobody_of_that_name(self, course, wanted):
         with pytest.raises(CourseError, match="Nothing of eve was collected"):
-            grade(course, level, students=["eve"])
+            grade(course, wanted, students=["eve"])
         shutil.rmtree(course.root / "submitted")
         with pytest.raises(CourseError, match="No submission of 02_sums"):
-            grade(course, level)
+            grade(course, wanted)
 
-    def test_a_folder_that_is_none_of_plans(self, course, level, tmp_path):
+    def test_a_folder_that_is_none_of_plans(self, course, wanted, tmp_path):
         with pytest.raises(CourseError, match="assignment.json is missing"):
-            autograde.run(tmp_path, "1/1", 1, False, level)
+            autograde.run(tmp_path, "1/1", 1, False, wanted)
         with pytest.raises(CourseError, match="no jobs"):
-            autograde.run(course.grading(SECOND), "1/1", 1, False, level)
+            autograde.run(course.grading(SECOND), "1/1", 1, False, wanted)
         with pytest.raises(CourseError, match="no results"):
             autograde.merge(course, "02")
 
@@ -489,21 +479,21 @@ class TestDamage:
 class TestCumulative:
     """Ada's lesson 02 is right and stands on her lesson 01."""
 
-    def graded(self, course, level, first: str | None, cumulative: bool = True) -> results.Result:
+    def graded(self, course, wanted, first: str | None, cumulative: bool = True) -> results.Result:
         if first is not None:
             hand_in(course, "ada", assignments.load(course, "01"), first)
-        assert grade(course, level, students=["ada"], cumulative=cumulative) == 0
+        assert grade(course, wanted, students=["ada"], cumulative=cumulative) == 0
         return result(course, "ada")
 
-    def test_a_mistake_in_an_earlier_lesson_costs_points_only_so(self, course, level):
+    def test_a_mistake_in_an_earlier_lesson_costs_points_only_so(self, course, wanted):
         first = notebook(assignments.load(course, "01"), double="#| export\ndef double(x):\n    return 3 * x\n")
-        told = self.graded(course, level, first)
+        told = self.graded(course, wanted, first)
         assert [(check.earned, check.message) for check in told.checks] == [(0.0, "got 27"), (3.0, "")]
-        assert told.findings == () and self.graded(course, level, None, cumulative=False).earned == 5.0
+        assert told.findings == () and self.graded(course, wanted, None, cumulative=False).earned == 5.0
 
-    def test_the_own_package_does_when_it_is_right(self, course, level):
+    def test_the_own_package_does_when_it_is_right(self, course, wanted):
         own = "#| export\ndef double(x):\n    return x + x\n"
-        told = self.graded(course, level, notebook(assignments.load(course, "01"), double=own))
+        told = self.graded(course, wanted, notebook(assignments.load(course, "01"), double=own))
         job = json.loads((course.grading(SECOND) / "jobs" / "ada.json").read_text())
         assert told.earned == 5.0 and "return x + x" in job["package"]["tinytorch/core/scale.py"]
 
@@ -511,18 +501,18 @@ class TestCumulative:
         ("first", "words"),
         [(None, "No notebook scale.ipynb was handed in."), ("{", "not valid JSON"), ("broken", "cannot be imported")],
     )
-    def test_where_there_is_none_the_reference_stands_in(self, course, level, first, words):
+    def test_where_there_is_none_the_reference_stands_in(self, course, wanted, first, words):
         if first == "broken":
             first = notebook(assignments.load(course, "01"), double="#| export\ndef double(x) return 3 * x\n")
-        told = self.graded(course, level, first)
+        told = self.graded(course, wanted, first)
         assert told.earned == 5.0
         (note,) = told.findings
         assert note.startswith("Lesson 01_scale was run from the reference") and words.lower() in note.lower()
 
 
 class TestOutput:
-    def test_in_a_pipe_a_line_for_each_and_a_summary(self, course, level):
-        done = tito(course, "autograde", "02", "--sandbox", level)
+    def test_in_a_pipe_a_line_for_each_and_a_summary(self, course, wanted):
+        done = tito(course, "autograde", "02", "--sandbox", wanted)
         assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
         lines = done.stdout.splitlines()
         for student, earned in STUDENTS.items():
@@ -539,7 +529,7 @@ class TestOutput:
         text = results.log_of(assignments.load(undisturbed, "02"), replace(known, checks=checks))
         assert "gone" in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
 
-    def test_on_a_terminal_a_bar_and_no_line_too_long(self, course, level):
+    def test_on_a_terminal_a_bar_and_no_line_too_long(self, course, wanted):
         pty, fcntl = pytest.importorskip("pty"), pytest.importorskip("fcntl")
         import struct
         import termios
@@ -548,7 +538,7 @@ class TestOutput:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         kept = {name: value for name, value in environment().items() if name not in ("NO_COLOR", "CI")}
         process = subprocess.Popen(
-            command(course, "", "autograde", "02", "--sandbox", level), cwd=course.root, env=kept | {"TERM": "xterm"},
+            command(course, "", "autograde", "02", "--sandbox", wanted), cwd=course.root, env=kept | {"TERM": "xterm"},
             stdin=theirs, stdout=theirs, stderr=theirs,
         )  # fmt: skip
         os.close(theirs)

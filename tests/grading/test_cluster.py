@@ -16,7 +16,7 @@ import distributed
 
 from tito.course.errors import CourseError
 from tito.course.processes import MARK
-from tito.instructor import cluster, job, pool, sandbox
+from tito.instructor import cluster, job, pool
 from tito.instructor.assignment import Assignment, AssignmentCell
 from tito.instructor.job import Job
 
@@ -38,15 +38,6 @@ def lesson() -> Assignment:
     check = AssignmentCell("01-double-test", "code", "check", CHECK, CHECK, {"nbgrader": marks})
     package = {"tinytorch/__init__.py": ""}
     return Assignment("01_scale", "scale", "01", "Scale", "tinytorch.scale", (hole, check), {}, {}, {}, package)
-
-
-@pytest.fixture(scope="module")
-def level() -> str:
-    try:
-        sandbox.choose("auto")
-        return "auto"
-    except CourseError:
-        return "none"
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +70,9 @@ def results(outcomes) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def here(jobs, lesson, level) -> dict[str, dict]:
+def here(jobs, lesson, wanted) -> dict[str, dict]:
     """The oracle: the same jobs without a cluster."""
-    return results(pool.on_this_machine(jobs, lesson, level, 2))
+    return results(pool.on_this_machine(jobs, lesson, wanted, 2))
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +83,15 @@ def workers():
         yield made
 
 
-def test_results_are_those_without_it(jobs, lesson, level, here, workers):
+def test_results_are_those_without_it(jobs, lesson, wanted, here, workers):
     assert {name: result["checks"][0]["earned"] for name, result in here.items()} == {
         "ada": 2.0, "bob": 0.0, "cyd": 0.0, "dan": 0.0, "eve": 0.0,
     }  # fmt: skip
     for _ in range(2):  # also when the scheduler has seen these jobs before
-        assert results(cluster.on_cluster(jobs, lesson, level, workers.scheduler_address)) == here
+        assert results(cluster.on_cluster(jobs, lesson, wanted, workers.scheduler_address)) == here
 
 
-def test_a_worker_that_is_killed_gives_its_jobs_to_another(jobs, lesson, level, here, workers):
+def test_a_worker_that_is_killed_gives_its_jobs_to_another(jobs, lesson, wanted, here, workers):
     """The one that runs bob's submission, which takes two seconds."""
     pids = [worker.process.pid for worker in workers.workers.values()]
     killed = []
@@ -118,7 +109,7 @@ def test_a_worker_that_is_killed_gives_its_jobs_to_another(jobs, lesson, level, 
     slow_first = sorted(jobs, key=lambda path: path.stem != "bob")
     killer = threading.Thread(target=kill_one)
     killer.start()
-    found = results(cluster.on_cluster(slow_first, lesson, level, workers.scheduler_address))
+    found = results(cluster.on_cluster(slow_first, lesson, wanted, workers.scheduler_address))
     killer.join()
     assert killed and found == here
 
@@ -130,54 +121,54 @@ def _is_sandboxed(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_job_that_breaks_is_reported_and_the_others_go_on(jobs, lesson, level, here, workers, tmp_path):
+def test_a_job_that_breaks_is_reported_and_the_others_go_on(jobs, lesson, wanted, here, workers, tmp_path):
     broken = tmp_path / "zoe.json"
     broken.write_text('{"student": "zoe"}')
-    told = list(cluster.on_cluster([broken, *jobs], lesson, level, workers.scheduler_address))
+    told = list(cluster.on_cluster([broken, *jobs], lesson, wanted, workers.scheduler_address))
     ((_, text, problem),) = [each for each in told if each[0] == broken]
     assert text is None and "KeyError" in problem
     assert results(each for each in told if each[0] != broken) == here
 
 
-def test_a_worker_that_grades_in_another_way_is_refused(jobs, lesson, level, workers, monkeypatch):
+def test_a_worker_that_grades_in_another_way_is_refused(jobs, lesson, wanted, workers, monkeypatch):
     monkeypatch.setattr(job, "VERSION", job.VERSION + 1)
     with pytest.raises(CourseError, match="grades in another way"):
-        list(cluster.on_cluster(jobs, lesson, level, workers.scheduler_address))
+        list(cluster.on_cluster(jobs, lesson, wanted, workers.scheduler_address))
 
 
-def test_nobody_answers(jobs, lesson, level, monkeypatch):
+def test_nobody_answers(jobs, lesson, wanted, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 1.0)
     for address in ("tcp://127.0.0.1:1", "nonsense://x", "tcp://no.such.host.invalid:8786"):
         with pytest.raises(CourseError, match="No Dask scheduler answers") as caught:
-            list(cluster.on_cluster(jobs, lesson, level, address))
+            list(cluster.on_cluster(jobs, lesson, wanted, address))
         assert "dask scheduler" in caught.value.hint
 
 
-def test_a_scheduler_without_workers(jobs, lesson, level, monkeypatch):
+def test_a_scheduler_without_workers(jobs, lesson, wanted, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 2.0)
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=60) as empty:
         with pytest.raises(CourseError, match="has no workers"):
-            list(cluster.on_cluster(jobs, lesson, level, empty.scheduler_address))
+            list(cluster.on_cluster(jobs, lesson, wanted, empty.scheduler_address))
 
 
-def test_the_last_worker_goes(jobs, lesson, level, monkeypatch):
+def test_the_last_worker_goes(jobs, lesson, wanted, monkeypatch):
     """Nothing waits for ever, and what was finished before was told."""
     monkeypatch.setattr(cluster, "PATIENCE", 2.0)
     options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
     with distributed.LocalCluster(**options, silence_logs=60) as small:
-        outcomes = cluster.on_cluster(jobs, lesson, level, small.scheduler_address)
+        outcomes = cluster.on_cluster(jobs, lesson, wanted, small.scheduler_address)
         next(outcomes)
         small.scale(0)
         with pytest.raises(CourseError, match="no workers any more"):
             list(outcomes)
 
 
-def test_without_dask_it_says_what_to_install(jobs, lesson, level, monkeypatch):
+def test_without_dask_it_says_what_to_install(jobs, lesson, wanted, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(CourseError, match="Dask, which is not installed") as caught:
-        list(cluster.on_cluster(jobs, lesson, level, "tcp://127.0.0.1:8786"))
+        list(cluster.on_cluster(jobs, lesson, wanted, "tcp://127.0.0.1:8786"))
     assert "cluster" in caught.value.hint
 
 
-def test_with_nothing_to_run_nobody_is_asked(lesson, level):
-    assert list(cluster.on_cluster([], lesson, level, "tcp://127.0.0.1:1")) == []
+def test_with_nothing_to_run_nobody_is_asked(lesson, wanted):
+    assert list(cluster.on_cluster([], lesson, wanted, "tcp://127.0.0.1:1")) == []

@@ -16,7 +16,10 @@ from tito.course.manifest import Lesson
 from tito.course.notebook import to_text
 
 ORIGIN = "Built from {path} by `tito dev build`: change it there, not here."
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {  # of every notebook that we write
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def notebook_text(lesson: Lesson) -> str:
@@ -68,9 +71,7 @@ def tidied(notebook, lesson: Lesson):
             cell.metadata.pop(name, None)
         if cell.cell_type == "code":
             cell.execution_count = None
-    notebook.metadata = type(notebook.metadata)(
-        {"kernelspec": KERNEL, "language_info": {"name": "python"}, "tinytorch": {"lesson": lesson.number}}
-    )
+    notebook.metadata = type(notebook.metadata)({**METADATA, "tinytorch": {"lesson": lesson.number}})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
 

@@ -70,7 +70,7 @@ def problem_of_run(story, where: dict[int, str], limits, last_words: str) -> str
         return f"The notebook was stopped in {cell}: a run may take {limits.seconds:g} seconds."
     if why == "stuck":
         return (
-            f"{_capital(cell)} took longer than {limits.cell_seconds:g} seconds and could not be interrupted, "
+            f"{capital(cell)} took longer than {limits.cell_seconds:g} seconds and could not be interrupted, "
             "so the run was stopped there. Is there a loop that never ends?"
         )
     if why == "output":
@@ -91,7 +91,7 @@ def problem_of_cells(ended: dict[int, dict], where: dict[int, str], limits) -> s
     for number, event in ended.items():
         if is_problem(event):
             text = late(limits) if event["late"] else sentence(event["error"], where, limits)
-            return f"{_capital(where[number])}: {text[:1].lower()}{text[1:]}"
+            return f"{capital(where[number])}: {small(text)}"
     return None
 
 
@@ -120,5 +120,11 @@ def death(code: int | None) -> str:
     return known.get(name, f"it was ended by {name}")
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """As it begins a sentence."""
     return text[:1].upper() + text[1:]
+
+
+def small(text: str) -> str:
+    """A sentence as it goes on behind a colon."""
+    return text[:1].lower() + text[1:]

@@ -13,15 +13,12 @@ import re
 from pathlib import Path
 
 from tito.course.notebook import to_text
+from tito.course.student_version import METADATA
 from tito.instructor.assignment import Assignment
 from tito.instructor.result import CheckGrade, Result
 
 PICTURES = ("image/png", "image/jpeg")
 BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
 
 
 def notebook_text(assignment: Assignment, result: Result, messages: dict[str, str], grading: dict) -> str:

@@ -10,6 +10,7 @@ these are kept.
 from __future__ import annotations
 
 import ast
+import re
 
 COMPARING = {
     "allclose", "array_equal", "isclose", "assert_allclose", "assert_array_equal", "assert_equal",
@@ -22,6 +23,11 @@ def control_of(source: str, keep: set[int] | None = None) -> str:
     """The control of a check. `keep` are the numbers of the claims to make; by default all that can be made."""
     tree = _Tilting(keep).visit(ast.parse(source))
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+def numbers_in(control: str) -> set[int]:
+    """Numbers of the claims that a control makes."""
+    return {int(number) for number in re.findall(r"\b_claim\((\d+), lambda", control)}
 
 
 class _Tilting(ast.NodeTransformer):

@@ -6,7 +6,7 @@ from tito.course.errors import CourseError
 from tito.course.processes import private_folder
 from tito.instructor.assignment import Assignment
 from tito.instructor.claims import control_of
-from tito.instructor.names import earlier, imports_of
+from tito.instructor.names import earlier, imports_of, no_tests
 from tito.instructor.package import package_folder
 from tito.instructor.sandbox import Limits
 from tito.instructor.session import Gone, Session
@@ -33,13 +33,14 @@ def make(assignment: Assignment, solutions: dict[str, str]) -> dict[str, str]:
                     session.ask(SECONDS, do="cell", source=source, given=[], forget=[], **asked)
                     continue
                 before = [each.source for each in assignment.cells[:index] if each.role == "check"]
+                runs_again = earlier(cell.source, before)
                 real = session.ask(
-                    SECONDS, do="check", source=cell.source, define=earlier(cell.source, before), control=False, **asked
+                    SECONDS, do="check", source=cell.source, define=runs_again, control=False, **asked
                 )
                 _require(cell.grade_id, real)
                 wrong = session.ask(
                     SECONDS, do="check", source=control_of(cell.source), control=True,
-                    define=earlier(cell.source, before, quiet=True), **asked,
+                    define=runs_again + no_tests(runs_again), **asked,
                 )  # fmt: skip
                 reliable = set(wrong["made"] or []) - set(wrong["held"] or [])
                 made[cell.grade_id] = control_of(cell.source, reliable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tito.course.student_version import METADATA
 from tito.instructor.assignment import Assignment
 from tito.instructor.result import CheckGrade
 from tito.instructor.transplant import RunCell
@@ -36,10 +37,7 @@ def executed_notebook(
             grade = grades.get(cell.grade_id) if cell.role == "check" else None
             entry |= {"execution_count": count if done else None, "outputs": _outputs(done or Executed(), grade)}
         made.append(entry)
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {
-        "kernelspec": kernel, "language_info": {"name": "python"}, "tinytorch": {"lesson": assignment.number}
-    }  # fmt: skip
+    metadata = {**METADATA, "tinytorch": {"lesson": assignment.number}}
     return {"cells": made, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 

@@ -38,17 +38,20 @@ def imported_modules(source: str) -> frozenset[str]:
     return frozenset(name for name in found if name.startswith("tinytorch"))
 
 
-def earlier(source: str, before: list[str], quiet: bool = False) -> list[str]:
-    """Those of the checks `before` whose names the check `source` uses; `quiet`: their tests do nothing."""
-    wanted, chosen = used_names(source), []
+def earlier(source: str, before: list[str]) -> list[str]:
+    """Those of the checks `before` whose names the check `source` uses."""
+    wanted, chosen = set(used_names(source)), []
     for each in reversed(before):
         if wanted & set(bound_names(each)):
             chosen.insert(0, each)
             wanted |= used_names(each)
-    if quiet:
-        tests = [name for each in chosen for name in bound_names(each) if name.startswith("test_")]
-        chosen += [f"def {name}(*args, **kwargs): pass" for name in tests]
     return chosen
+
+
+def no_tests(checks: list[str]) -> list[str]:
+    """Definitions that make the tests of `checks` do nothing: a control is to run its own alone."""
+    tests = [name for each in checks for name in bound_names(each) if name.startswith("test_")]
+    return [f"def {name}(*args, **kwargs): pass" for name in tests]
 
 
 def imports_of(assignment) -> list[str]:

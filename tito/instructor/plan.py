@@ -9,6 +9,7 @@ from tito.course.errors import CourseError
 from tito.course.export import body, directives, parse
 from tito.course.files import write_atomic
 from tito.course.notebook import Cell
+from tito.course.verdict import small
 from tito.instructor import assignment as assignments
 from tito.instructor.assignment import Assignment
 from tito.instructor.course import GradingCourse
@@ -67,7 +68,7 @@ def own_package(course: GradingCourse, assignment: Assignment, student: str) -> 
         if text is not None:
             notebook, problem = notebook_of(text)
         if notebook is None:
-            notes.append(f"Lesson {name} was run from the reference: {_small(problem)}")
+            notes.append(f"Lesson {name} was run from the reference: {small(problem)}")
             continue
         try:
             files[f"{earlier.module.replace('.', '/')}.py"] = module_text(earlier, notebook)
@@ -98,7 +99,3 @@ def shard_of(paths: list[Path], text: str) -> list[Path]:
     if not 1 <= first <= count:
         raise CourseError(f"There is no shard '{text}'.", "Write I/N with 1 <= I <= N, for instance 2/4.")
     return paths[first - 1 :: count]
-
-
-def _small(text: str) -> str:
-    return text[:1].lower() + text[1:]

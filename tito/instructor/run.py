@@ -15,10 +15,11 @@ from pathlib import Path
 from tito.course import verdict
 from tito.course.errors import CourseError
 from tito.course.processes import private_folder
+from tito.instructor import claims
 from tito.instructor.assignment import Assignment
 from tito.instructor.executed import Executed, executed_notebook
 from tito.instructor.job import Job
-from tito.instructor.names import bound_names, earlier, imports_of
+from tito.instructor.names import bound_names, earlier, imports_of, no_tests
 from tito.instructor.package import package_folder
 from tito.instructor.result import CheckGrade, Result
 from tito.instructor.session import GRACE, TOO_MUCH_OUTPUT, Gone, Session
@@ -179,9 +180,9 @@ def _cell(run: _Run, session: Session, index: int) -> None:
     run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
     _take_heard(run, session, index)
     if reply["late"]:
-        run.notes.append(f"{_capital(run.label(index))}: {_small(verdict.late(run.job.limits))}")
+        run.notes.append(f"{verdict.capital(run.label(index))}: {verdict.small(verdict.late(run.job.limits))}")
     elif reply["error"] and cell.role in ("hole", "edited", "own") and not _unwritten(reply["error"]):
-        run.notes.append(f"{_capital(run.label(index))} failed: {_ended(run.sentence(reply['error']))}")
+        run.notes.append(f"{verdict.capital(run.label(index))} failed: {_ended(run.sentence(reply['error']))}")
 
 
 def _unwritten(error: dict) -> bool:
@@ -192,42 +193,39 @@ def _check(run: _Run, session: Session, index: int) -> None:
     """Run a check and its control, in random order."""
     cell, control = run.cells[index], None
     wrong_cell = run.assignment.controls.get(cell.grade_id, cell.source)
-    claims = {int(number) for number in re.findall(r"\b_claim\((\d+), lambda", wrong_cell)}
     before = [each.source for each in run.cells[:index] if each.role == "check"]
+    runs_again = earlier(cell.source, before)
 
-    def ask(source: str, seconds: float, is_control: bool) -> dict:
-        seconds = run.left(seconds)
+    def ask(source: str, is_control: bool) -> dict:
+        seconds = run.left(run.job.limits.cell_seconds)
         return session.ask(
             seconds + 2 * GRACE, do="check", id=index, source=source, control=is_control, seconds=seconds,
-            define=earlier(cell.source, before, quiet=is_control),
+            define=runs_again + no_tests(runs_again) if is_control else runs_again,
         )  # fmt: skip
-
-    def ask_control() -> dict:
-        return ask(wrong_cell, run.job.limits.cell_seconds, True)
 
     control_first = random.Random(f"{run.job.seed} {cell.grade_id}").random() < 0.5
     if control_first:
-        control = ask_control()
-    reply = ask(cell.source, run.job.limits.cell_seconds, False)
+        control = ask(wrong_cell, is_control=True)
+    reply = ask(cell.source, is_control=False)
     message = _message(run, index, reply)
     if not message and not control_first:
-        control = ask_control()
+        control = ask(wrong_cell, is_control=True)
     _take_heard(run, session, index)
-    rests = [each.grade_id for each in run.cells[:index] if each.source in earlier(cell.source, before)]
+    rests = [each.grade_id for each in run.cells[:index] if each.source in runs_again]
     if not message and any(run.verdicts.get(name, ("",))[0] == UNTRUSTED for name in rests if name):
         message = UNTRUSTED  # it runs that check again
-    if not message and (wrong := _not_failed(control, claims)):
+    if not message and (wrong := _not_failed(control, claims.numbers_in(wrong_cell))):
         message = "" if control["late"] else UNTRUSTED  # slowness, maybe the machine's, is no proof of anything
         run.flags.append(f"{cell.grade_id} passes, but {wrong}. Look at the code that it checks.")
     run.verdicts[cell.grade_id] = (message, float(reply["seconds"]))
     run.executed[index] = Executed(reply["output"], reply["error"], reply["late"])
 
 
-def _not_failed(control: dict, claims: set[int]) -> str:
+def _not_failed(control: dict, numbers: set[int]) -> str:
     """In which way a control did not fail as it does on honest work, which makes every claim and sees it refused."""
     if control["held"]:
         return "it also accepts wrong values"
-    if control["ended"] is not None or control["late"] or control["odd"] or set(control["made"] or []) != claims:
+    if control["ended"] is not None or control["late"] or control["odd"] or set(control["made"] or []) != numbers:
         return "the same check with wrong values did not come to its end"
     return ""
 
@@ -241,14 +239,15 @@ def _message(run: _Run, index: int, reply: dict) -> str:
     if reply["ended"] is not None:
         return f"The check did not come to its end: {verdict.death(reply['ended'])}."
     if reply["odd"] or reply["held"] is not None:  # only a control says what held
-        run.flags.append(f"{_capital(run.label(index))}: the reply was not the worker's own.")
+        run.flags.append(f"{verdict.capital(run.label(index))}: the reply was not the worker's own.")
         return UNTRUSTED
     return run.sentence(reply["error"]) or "The check failed." if reply["error"] else ""
 
 
 def _take_heard(run: _Run, session: Session, index: int) -> None:
+    where = verdict.capital(run.label(index))
     for event in session.take_heard():
-        run.flags.append(f"{_capital(run.label(index))} tried {event}, which looks inside the grader; it was refused.")
+        run.flags.append(f"{where} tried {event}, which looks inside the grader; it was refused.")
 
 
 def _too_much(limits) -> str:
@@ -267,16 +266,8 @@ def _blame(run: _Run, index: int, gone: Gone) -> None:
     run.executed[index] = Executed("", {"name": "Ended", "text": words, "place": None}, gone.why == "late")
     if run.cells[index].role == "check":
         run.verdicts[run.cells[index].grade_id] = (words, 0.0)
-    run.notes.append(f"{_capital(run.label(index))} was left out: {_small(words)}")
+    run.notes.append(f"{verdict.capital(run.label(index))} was left out: {verdict.small(words)}")
 
 
 def _ended(text: str) -> str:
     return text if text.rstrip().endswith((".", "?", ")")) else f"{text}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _small(text: str) -> str:
-    return text[:1].lower() + text[1:]
