@@ -877,7 +877,7 @@ class TestEnableKVCacheIntegration:
         model.blocks[1].attention.causal = True
         with pytest.raises(ValueError, match="blocks"):
             model(ids_for((1, 2)), cache=KVCache(1, 8, 2, 2, 4))
-        with pytest.raises(ValueError, match="key has shape"):
+        with pytest.raises(ValueError, match="key-value heads"):
             model(ids_for((1, 2)), cache=KVCache(1, 8, 3, 4, 4))
         assert all(a is b for a, b in zip([model.norm, *(block.attention for block in model.blocks)], parts))
         assert model._kv_cache is None

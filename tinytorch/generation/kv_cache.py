@@ -22,6 +22,7 @@ __all__ = [
     "check_chunk",
     "KVCacheConfig",
     "KNOWN_MODELS",
+    "FIRST_SLOTS",
     "KVStore",
     "CacheDoor",
     "CacheRows",
@@ -35,6 +36,7 @@ __all__ = [
     "end_parts",
     "attention_parts",
     "require_parts",
+    "stored_heads",
     "attach",
     "put_parts",
     "attached",
@@ -59,6 +61,7 @@ __all__ = [
 
 # %% cell 2
 # One contract, one file: longer than its neighbours, so that a reader of KVCache finds everything that it keeps.
+import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +69,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinytorch.core.attention import scaled_dot_product_attention, visible_mask
+from tinytorch.core.attention import attention_weights, scaled_dot_product_attention, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.layers import Module
 from tinytorch.core.tensor import Tensor, cat, default_rng
@@ -318,36 +321,57 @@ KNOWN_MODELS = {  # name: sizes as published in each model's configuration file
 
 
 # %% cell 32
+FIRST_SLOTS = 16  # a cache that grows starts with these, or with max_seq_len if that is less
+
+
 class KVStore:
     """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
 
     def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
-                 dtype=np.float32, strict=False, tracker=None):
+                 dtype=np.float32, strict=False, tracker=None, grow=False):
         sizes = dict(batch_size=batch_size, max_seq_len=max_seq_len, num_layers=num_layers,
                      num_heads=num_heads, head_dim=head_dim)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.dtype, self.strict, self._tracker = storage_dtype(dtype), bool(strict), tracker
-        size = self.config.calculate_size()
-        self._allocation = None if tracker is None else tracker.allocate(size, purpose="kv_cache")
-        try:
-            self._make_store()
-        except (MemoryError, ValueError):  # within the tracker's limit, and yet more than NumPy or the machine can do
-            self._release()
-            raise
-        self._ledger, self._lock = CacheLedger(self.batch_size), threading.Lock()
+        self.dtype, self.strict, self.grow, self._tracker = storage_dtype(dtype), bool(strict), bool(grow), tracker
+        self._allocation, self._lock = None, threading.Lock()
+        self._allocate(min(FIRST_SLOTS, self.max_seq_len) if self.grow else self.max_seq_len)
+        self._ledger = CacheLedger(self.batch_size)
 
-    def _make_store(self):
-        shape = (self.num_layers, 2, self.batch_size, self.num_heads, self.max_seq_len, self.head_dim)
-        self._store = np.zeros(shape, self.dtype)
-        self._readable = self._store.view()
+    def _allocate(self, num_slots):
+        """A store of zeros with this many slots per row, counted by the tracker; after an error, all is as before."""
+        shape = (self.num_layers, 2, self.batch_size, self.num_heads, num_slots, self.head_dim)
+        counted = None
+        if self._tracker is not None:
+            counted = self._tracker.allocate(math.prod(shape) * self.dtype.itemsize, purpose="kv_cache")
+        try:
+            store = self._new_store(shape)
+        except BaseException:  # within the tracker's limit, and yet more than NumPy or the machine can do
+            if counted is not None:
+                counted.close()
+            raise
+        self._release()
+        self._allocation, self._store = counted, store
+        self._readable = store.view()
         self._readable.flags.writeable = False
 
+    def _new_store(self, shape):
+        return np.zeros(shape, self.dtype)
+
+    def _open_pass(self, lengths):
+        """Double the slots until the longest row fits. No layer writes yet, so no thread holds the old store."""
+        old, num_slots = self._store, self._store.shape[4]
+        if max(lengths) > num_slots:
+            while num_slots < max(lengths):
+                num_slots *= 2
+            self._allocate(min(num_slots, self.max_seq_len))
+            self._store[..., : old.shape[4], :] = old
+
     @classmethod
-    def from_config(cls, config, tracker=None, strict=False):
+    def from_config(cls, config, tracker=None, **options):
         """A cache of the sizes of a KVCacheConfig. `tracker` (a MemoryTracker) counts its bytes until close()."""
         return cls(config.batch_size, config.max_context_length, config.num_layers, config.num_kv_heads,
-                   config.head_dim, dtype=config.dtype, strict=strict, tracker=tracker)
+                   config.head_dim, dtype=config.dtype, tracker=tracker, **options)
 
     @property
     def config(self):
@@ -362,7 +386,7 @@ class KVStore:
 
     @property
     def nbytes(self):
-        """Bytes of the store, full or empty."""
+        """Bytes of the store, full or empty; a cache that grows has fewer at first."""
         return self._store.nbytes
 
     def get_memory_usage(self):
@@ -374,8 +398,8 @@ class KVStore:
     def close(self):
         """Give the memory back, to the tracker as well: a cache without room. A second call does nothing."""
         self._release()
-        self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
-        self._make_store()
+        self.max_seq_len, self._tracker, self._ledger = 0, None, CacheLedger(self.batch_size)
+        self._allocate(0)
 
     def _release(self):
         allocation, self._allocation = self._allocation, None
@@ -392,6 +416,9 @@ class KVStore:
 # %% cell 33
 class CacheDoor:
     """What may be asked of a cache, and what it refuses, before anything changes."""
+
+    window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
+    observe = None  # observe(layer_idx, weights): lesson 22 evicts what is not looked at
 
     @property
     def seq_lens(self):
@@ -413,6 +440,10 @@ class CacheDoor:
         n_new = per_row("n_new", n_new, self.batch_size)
         return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
 
+    def attached_to(self, model, n_new=None):
+        """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
+        return attached(model, self, n_new)
+
     def __repr__(self):
         sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
                           ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
@@ -425,16 +456,22 @@ class CacheDoor:
         try:
             layer = self._layer(layer_idx)
             key, value = check_tokens("key", key, *sizes), check_tokens("value", value, *sizes)
-            n_new = check_chunk(key, value, n_new, ledger.lengths, self.max_seq_len)
+            room = math.inf if self.capacity is None else self.capacity
+            n_new = check_chunk(key, value, n_new, ledger.lengths, room)
         except ValueError:
             if ledger.written:
                 ledger.failed.add(layer)
             raise
         if ledger.failed and layer in ledger.written:
             self.abandon()  # the pass stopped half-way: a new one begins
+        if not ledger.written:
+            self._open_pass([length + count for length, count in zip(ledger.lengths, n_new)])
         ledger.claim(layer, n_new, key.shape[2])
         ledger.failed.discard(layer)
         return layer, key, value, n_new
+
+    def _open_pass(self, lengths):
+        """Called before a pass writes anything, with what each row will hold: the moment to find room."""
 
     def _layer(self, layer_idx):
         if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
@@ -460,7 +497,7 @@ class CacheRows:
             if keep > have:
                 raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
         self.abandon()
-        clear_slots(self._store, kept, stored)
+        self._forget(kept, stored)
         self._ledger.lengths = kept
 
     def rollback(self, n):
@@ -477,16 +514,23 @@ class CacheRows:
         if max(rows) >= self.batch_size:
             raise ValueError(f"row_indices {rows}: the last row is {self.batch_size - 1}")
         self.abandon()
-        gather_rows(self._store[..., : self.seq_pos, :], rows)
+        self._gather(rows)
         self._ledger.lengths = [self._ledger.lengths[row] for row in rows]
 
     def clone(self):
         """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, self._tracker, self.strict)
+        twin = type(self).from_config(self.config, self._tracker, strict=self.strict, grow=self.grow)
+        twin._open_pass(self.seq_lens)
         for row, length in enumerate(self.seq_lens):
             twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]
         twin._ledger.lengths = self.seq_lens
         return twin
+
+    def _forget(self, kept, stored):
+        clear_slots(self._store, kept, stored)
+
+    def _gather(self, rows):
+        gather_rows(self._store[..., : self.seq_pos, :], rows)
 
     def __copy__(self):
         return self.clone()  # two caches on one store would overwrite each other
@@ -530,8 +574,6 @@ class KVCache(KVStore, CacheDoor, CacheRows):
     (3, 512)
     """
 
-    window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
-
     def update(self, layer_idx, key, value, n_new=None):
         """Store T >= 1 new tokens of one layer; return all that they may look at, themselves included.
 
@@ -574,10 +616,6 @@ class KVCache(KVStore, CacheDoor, CacheRows):
             key, value = (Tensor(np.where(empty, self.dtype.type(0), part.data), dtype=self.dtype)
                           for part in (key, value))
         return key, value
-
-    def attached_to(self, model, n_new=None):
-        """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
-        return attached(model, self, n_new)
 
 
 # %% cell 44
@@ -634,7 +672,13 @@ class CachedAttention(StandIn):
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         visible = None if visible.all() else visible  # a mask that hides nothing only costs time
-        return self.part.merge(self.part.attend(query, key, value, visible))
+        return self.part.merge(self.attend(query, key, value, visible))
+
+    def attend(self, query, key, value, visible):
+        """The attention's own; a cache that evicts what nobody looks at (lesson 22) is told who looked where."""
+        if self.cache.observe is not None:
+            self.cache.observe(self.layer_idx, attention_weights(query, key, visible).numpy())
+        return self.part.attend(query, key, value, visible)
 
 
 # %% cell 49 (17-ends)
@@ -701,11 +745,20 @@ def require_parts(model):
         raise AttributeError(f"{type(model).__name__} cannot take a KV cache, it lacks: {', '.join(missing)}")
 
 
+def stored_heads(model):
+    """(H_kv, D): the key-value heads that each layer of the model stores, and their size."""
+    return getattr(model, "num_kv_heads", model.num_heads), model.embed_dim // model.num_heads
+
+
 def attach(model, cache, n_new=None):
     """Put stand-ins into the model; return what they replaced, as (owner, name, part)."""
     require_parts(model)
     if len(model.blocks) != cache.num_layers:
         raise ValueError(f"the model has {len(model.blocks)} blocks, the cache {cache.num_layers} layers")
+    heads, stored = stored_heads(model), (cache.num_heads, cache.head_dim)
+    if heads != stored:
+        raise ValueError(f"the model stores {heads[0]} key-value heads of {heads[1]}, the cache has room for "
+                         f"{stored[0]} of {stored[1]}")
     parts = end_parts(model, cache, n_new) + attention_parts(model, cache, n_new)
     for *_, part in parts:
         part.owner["model"] = model  # in a dict: a module among the attributes would be walked, round and round
@@ -740,30 +793,37 @@ def attached(model, cache, n_new=None):
 
 # %% cell 55
 def create_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options):
-    """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker."""
+    """A KVCache of these sizes; options are those of KVCache: dtype, strict, tracker, grow."""
     return KVCache(batch_size, max_seq_len, num_layers, num_heads, head_dim, **options)
 
 
-def enable_kv_cache(model=None, *sizes, **options):
-    """Let a GPT run on a new cache of its own sizes, in eval mode, until disable_kv_cache; return the cache.
+def enable_kv_cache(model=None, *sizes, cache=None, factory=create_kv_cache, **options):
+    """Let a GPT run on a cache, in eval mode, until disable_kv_cache; return the cache.
 
-    Options: batch_size=1, max_seq_len (default: the model's), dtype, strict, tracker. A second call replaces the
-    first cache. Inference only: in training mode the cache is bypassed, and keys and values carry no gradients.
-    Called with the sizes of create_kv_cache instead of a model, it forwards to it.
+    Without `cache`, a new one of the model's own sizes: `factory` makes it (any member of the family, by the
+    arguments of create_kv_cache). Options: batch_size=1, max_seq_len (default: the model's), dtype, strict, tracker,
+    grow, and what the factory adds. A second call replaces the first cache. Inference only: in training mode the
+    cache is bypassed, and keys and values carry no gradients. Called with sizes in place of a model, it forwards
+    to create_kv_cache.
     """
     if sizes and hasattr(model, "blocks"):
         raise TypeError("the sizes come from the model; options are given by name, for example batch_size=2")
     if sizes or isinstance(model, (int, np.integer)) or (model is None and "max_seq_len" in options):
         return create_kv_cache(*([] if model is None else [model]), *sizes, **options)
+    if cache is not None and options:
+        raise TypeError(f"a cache that exists has its sizes: {', '.join(options)} cannot be given with cache=")
     require_parts(model)
-    found = dict(batch_size=1, max_seq_len=model.max_seq_len, num_layers=model.num_layers,
-                 num_heads=getattr(model, "num_kv_heads", model.num_heads),
-                 head_dim=model.embed_dim // model.num_heads)
-    cache = create_kv_cache(**{**found, **options})
+    made = None
+    if cache is None:
+        num_heads, head_dim = stored_heads(model)
+        found = dict(batch_size=1, max_seq_len=model.max_seq_len, num_layers=model.num_layers,
+                     num_heads=num_heads, head_dim=head_dim)
+        cache = made = factory(**{**found, **options})
     try:
         attach(model, cache)  # in the place of an earlier cache, if there was one
     except Exception:
-        cache.close()  # the model was refused: nobody else holds this cache, so its bytes go back
+        if made is not None:
+            made.close()  # the model was refused: nobody else holds this cache, so its bytes go back
         raise
     model._kv_cache, model._cache_enabled = cache, True
     return cache
@@ -904,7 +964,7 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
     counts = per_row("n_new", seq_len if n_new is None else n_new, cache.batch_size)
     if max(counts) > seq_len:
         raise ValueError(f"n_new {counts} counts more tokens than ids has ({seq_len})")
-    if cache.window is None:  # a window makes its own room
+    if cache.capacity is not None:  # a window makes its own room
         check_room(cache.seq_lens, counts, min(cache.capacity, model.max_seq_len))
     chunk = seq_len if chunk is None else whole_number("chunk", chunk)
     with evaluating(model):
