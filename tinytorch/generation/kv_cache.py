@@ -335,8 +335,11 @@ class KVStore:
             setattr(self, name, whole_number(name, value))
         self.dtype, self.strict, self.grow, self._tracker = storage_dtype(dtype), bool(strict), bool(grow), tracker
         self._allocation, self._lock = None, threading.Lock()
-        self._allocate(min(FIRST_SLOTS, self.max_seq_len) if self.grow else self.max_seq_len)
+        self._allocate(self._first_slots())
         self._ledger = CacheLedger(self.batch_size)
+
+    def _first_slots(self):
+        return min(FIRST_SLOTS, self.max_seq_len) if self.grow else self.max_seq_len
 
     def _allocate(self, num_slots):
         """A store of zeros with this many slots per row, counted by the tracker; after an error, all is as before."""
@@ -440,6 +443,15 @@ class CacheDoor:
         n_new = per_row("n_new", n_new, self.batch_size)
         return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
 
+    def advance(self):
+        """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
+        skipped = sorted(set(range(self.num_layers)) - self._ledger.written)
+        if self.strict and 0 < len(skipped) < self.num_layers:
+            raise CacheStateError(f"advance() before layers {skipped} were updated (strict=True)")
+        if self.pending_layers:
+            self._keep_pass()
+        self._ledger.commit()
+
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
         return attached(model, self, n_new)
@@ -472,6 +484,9 @@ class CacheDoor:
 
     def _open_pass(self, lengths):
         """Called before a pass writes anything, with what each row will hold: the moment to find room."""
+
+    def _keep_pass(self):
+        """Called when a pass is committed. Here its tokens stand where they belong; lesson 22 puts them there now."""
 
     def _layer(self, layer_idx):
         if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
@@ -593,13 +608,6 @@ class KVCache(KVStore, CacheDoor, CacheRows):
         """Empty again: no bytes, no lengths, nothing pending."""
         self._store[...] = 0
         self._ledger = CacheLedger(self.batch_size)
-
-    def advance(self):
-        """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
-        skipped = sorted(set(range(self.num_layers)) - self._ledger.written)
-        if self.strict and 0 < len(skipped) < self.num_layers:
-            raise CacheStateError(f"advance() before layers {skipped} were updated (strict=True)")
-        self._ledger.commit()
 
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed. Nothing happens when nothing is pending."""
