@@ -520,7 +520,8 @@ def dequantize(codes, scale, low):
     """
     if np.max(scale, initial=0) > 1e30:  # so many steps may not fit in float32
         scale = scale.astype(np.float64)
-    x = low + codes * scale
+    x = codes * scale
+    x += low
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
@@ -547,6 +548,8 @@ def unpack(packed, bits, count):
     >>> unpack(np.array([197, 7], np.uint8), bits=4, count=3).tolist()
     [5, 12, 7]
     """
+    if bits == 8:
+        return packed[..., :count]
     per_byte = 8 // bits
     codes = np.empty((*packed.shape, per_byte), np.uint8)
     for i in range(per_byte):
