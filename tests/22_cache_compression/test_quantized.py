@@ -132,7 +132,8 @@ class TestOneLayer:
 
     @pytest.mark.parametrize("wrong", [
         lambda k, v: (k[0], v[0]), lambda k, v: (k[:1], v[:1]), lambda k, v: (k[:, :1], v),
-        lambda k, v: (k, v[..., :4]), lambda k, v: (k, v[:, :, :2]), lambda k, v: (k[:, :, :0], v[:, :, :0]), lambda k, v: (k, v, [4, 1]),
+        lambda k, v: (k, v[..., :4]), lambda k, v: (k, v[:, :, :2]), lambda k, v: (k[:, :, :0], v[:, :, :0]),
+        lambda k, v: (k, v, [4, 1]),
         lambda k, v: (k, v, [1]), lambda k, v: (k, v, [-1, 0]), lambda k, v: ("k", v), lambda k, v: (k, None),
     ])
     def test_wrong_shapes_and_counts_are_refused(self, wrong):
