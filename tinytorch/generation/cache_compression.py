@@ -130,7 +130,7 @@ def gone_positions(resident, kept, window, sinks):
     >>> gone_positions({5, 6, 7, 8}, 7, window=3, sinks=0), gone_positions({5, 6, 7, 8}, 6, window=3, sinks=0)
     ([], [4])
     """
-    seen = [position for position in range(kept) if position < sinks or position > kept - window]
+    seen = [*range(min(sinks, kept)), *range(max(sinks, kept - window + 1), kept)]
     return [position for position in seen if position not in resident]
 
 
