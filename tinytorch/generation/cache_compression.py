@@ -148,7 +148,7 @@ def gone_positions(resident, kept, window, sinks):
     >>> gone_positions({5, 6, 7, 8}, 7, window=3, sinks=0), gone_positions({5, 6, 7, 8}, 6, window=3, sinks=0)
     ([], [4])
     """
-    seen = [position for position in range(kept) if position < sinks or position > kept - window]
+    seen = [*range(min(sinks, kept)), *range(max(sinks, kept - window + 1), kept)]
     return [position for position in seen if position not in resident]
 
 
@@ -845,7 +845,7 @@ class QuantizedModelKVCache(PendingKVCache):
     >>> model = random_gpt()
     >>> cache = enable_kv_cache(model, factory=QuantizedModelKVCache, bits=4, key_axis="channel", group_size=8)
     >>> len(model.generate([1, 2, 3], 5)), cache.seq_pos, round(cache.savings_vs_fp32(), 2)
-    (8, 7, 2.37)
+    (8, 7, 2.33)
     """
 
     def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
