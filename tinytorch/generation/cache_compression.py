@@ -485,7 +485,7 @@ from dataclasses import dataclass
 from tinytorch.generation.kv_cache import check_chunk, slot_positions, write_tokens
 
 
-# %% cell 52 (22-quantize)
+# %% cell 53 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -525,7 +525,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 55 (22-pack)
+# %% cell 56 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -557,7 +557,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 58 (22-quantized-bytes)
+# %% cell 59 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -568,7 +568,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 63 (22-groups)
+# %% cell 64 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -584,7 +584,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 66
+# %% cell 67
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -640,6 +640,7 @@ class GroupFormat:
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
 
+# %% cell 68
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
@@ -663,7 +664,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 67
+# %% cell 69
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -738,7 +739,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 68
+# %% cell 70
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -819,7 +820,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 72
+# %% cell 75
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -834,7 +835,7 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 77
+# %% cell 80
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
@@ -921,7 +922,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 81
+# %% cell 84
 import time
 from contextlib import ExitStack
 
