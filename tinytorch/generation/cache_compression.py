@@ -47,7 +47,7 @@ from tinytorch.generation.kv_cache import (
 )
 
 
-# %% cell 7 (22-view)
+# %% cell 8 (22-view)
 class PendingKVCache(KVStore, CacheDoor, CacheRows):
     """A cache that keeps an open pass aside, exactly as it came, and takes it in when it is committed.
 
@@ -99,7 +99,7 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         self._pending.clear()
 
 
-# %% cell 11 (22-ring)
+# %% cell 13 (22-ring)
 def ring_slots(positions, sinks, ring):
     """The slot of each position, as an array: the first `sinks` have slots of their own, the others share a ring.
 
@@ -110,7 +110,7 @@ def ring_slots(positions, sinks, ring):
     return np.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
 
 
-# %% cell 14 (22-chunk)
+# %% cell 17 (22-chunk)
 def survivors(start, count, sinks, ring):
     """Which of a row's `count` new tokens, the first at position `start`, are kept at the commit: their chunk indices.
 
@@ -121,7 +121,7 @@ def survivors(start, count, sinks, ring):
     return np.flatnonzero((positions < sinks) | (positions >= start + count - ring))
 
 
-# %% cell 17 (22-rollback)
+# %% cell 21 (22-rollback)
 def gone_positions(resident, kept, window, sinks):
     """The positions, in order, that the next token at position `kept` would see if they were not gone; [] if none.
 
@@ -134,7 +134,7 @@ def gone_positions(resident, kept, window, sinks):
     return [position for position in seen if position not in resident]
 
 
-# %% cell 23
+# %% cell 27
 class SlotKVCache(PendingKVCache):
     """A cache of a fixed number of slots, whatever the text: `_pos` (L, B, slots) says which token stands where.
 
@@ -221,7 +221,7 @@ class SlotKVCache(PendingKVCache):
         self._store[...], self._pos[...] = self._store[:, :, rows], self._pos[:, rows]
 
 
-# %% cell 24
+# %% cell 28
 class SlidingWindowKVCache(SlotKVCache):
     """The newest `window` tokens and the first `sinks`, in memory that never grows.
 
@@ -302,7 +302,7 @@ def inside_positions(pos, lengths, window, sinks):
     return np.where((pos >= sinks) & (inside < sinks), -1, inside)
 
 
-# %% cell 30
+# %% cell 36
 def rotate(x, positions, base=10000.0):
     """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
 
@@ -318,7 +318,7 @@ def rotate(x, positions, base=10000.0):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-# %% cell 34 (22-received)
+# %% cell 42 (22-received)
 def attention_received(weights, n_new):
     """What each key received from all heads and all valid queries together: (B, H, T, S) -> (B, S), float64.
 
@@ -332,7 +332,7 @@ def attention_received(weights, n_new):
     return np.where(valid[:, None, :, None], weights, 0).sum(axis=(1, 2), dtype=np.float64)
 
 
-# %% cell 37 (22-evict)
+# %% cell 46 (22-evict)
 def who_stays(pos, score, budget, recent):
     """Indices, sorted, of the `recent` newest tokens and the best of the rest by score: at most `budget` together.
 
@@ -359,7 +359,7 @@ def change_tenants(pos, score, stays, new_pos, new_score):
     return slots, newcomers
 
 
-# %% cell 40
+# %% cell 49
 class HeavyHitterKVCache(SlotKVCache):
     """`budget` tokens per layer and row: the `recent` newest (default: half), and those that received most attention.
 
