@@ -65,7 +65,7 @@ from tinytorch.generation.kv_cache import (
 )
 
 
-# %% cell 7 (22-view)
+# %% cell 8 (22-view)
 class PendingKVCache(KVStore, CacheDoor, CacheRows):
     """A cache that keeps an open pass aside, exactly as it came, and takes it in when it is committed.
 
@@ -117,7 +117,7 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         self._pending.clear()
 
 
-# %% cell 11 (22-ring)
+# %% cell 13 (22-ring)
 def ring_slots(positions, sinks, ring):
     """The slot of each position, as an array: the first `sinks` have slots of their own, the others share a ring.
 
@@ -128,7 +128,7 @@ def ring_slots(positions, sinks, ring):
     return np.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
 
 
-# %% cell 14 (22-chunk)
+# %% cell 17 (22-chunk)
 def survivors(start, count, sinks, ring):
     """Which of a row's `count` new tokens, the first at position `start`, are kept at the commit: their chunk indices.
 
@@ -139,7 +139,7 @@ def survivors(start, count, sinks, ring):
     return np.flatnonzero((positions < sinks) | (positions >= start + count - ring))
 
 
-# %% cell 17 (22-rollback)
+# %% cell 21 (22-rollback)
 def gone_positions(resident, kept, window, sinks):
     """The positions, in order, that the next token at position `kept` would see if they were not gone; [] if none.
 
@@ -152,7 +152,7 @@ def gone_positions(resident, kept, window, sinks):
     return [position for position in seen if position not in resident]
 
 
-# %% cell 23
+# %% cell 27
 class SlotKVCache(PendingKVCache):
     """A cache of a fixed number of slots, whatever the text: `_pos` (L, B, slots) says which token stands where.
 
@@ -239,7 +239,7 @@ class SlotKVCache(PendingKVCache):
         self._store[...], self._pos[...] = self._store[:, :, rows], self._pos[:, rows]
 
 
-# %% cell 24
+# %% cell 28
 class SlidingWindowKVCache(SlotKVCache):
     """The newest `window` tokens and the first `sinks`, in memory that never grows.
 
@@ -320,7 +320,7 @@ def inside_positions(pos, lengths, window, sinks):
     return np.where((pos >= sinks) & (inside < sinks), -1, inside)
 
 
-# %% cell 30
+# %% cell 36
 def rotate(x, positions, base=10000.0):
     """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
 
@@ -336,7 +336,7 @@ def rotate(x, positions, base=10000.0):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-# %% cell 34 (22-received)
+# %% cell 42 (22-received)
 def attention_received(weights, n_new):
     """What each key received from all heads and all valid queries together: (B, H, T, S) -> (B, S), float64.
 
@@ -350,7 +350,7 @@ def attention_received(weights, n_new):
     return np.where(valid[:, None, :, None], weights, 0).sum(axis=(1, 2), dtype=np.float64)
 
 
-# %% cell 37 (22-evict)
+# %% cell 46 (22-evict)
 def who_stays(pos, score, budget, recent):
     """Indices, sorted, of the `recent` newest tokens and the best of the rest by score: at most `budget` together.
 
@@ -377,7 +377,7 @@ def change_tenants(pos, score, stays, new_pos, new_score):
     return slots, newcomers
 
 
-# %% cell 40
+# %% cell 49
 class HeavyHitterKVCache(SlotKVCache):
     """`budget` tokens per layer and row: the `recent` newest (default: half), and those that received most attention.
 
@@ -478,14 +478,14 @@ class HeavyHitterKVCache(SlotKVCache):
         self._score[...] = self._score[:, rows]
 
 
-# %% cell 46
+# %% cell 55
 import math
 from dataclasses import dataclass
 
 from tinytorch.generation.kv_cache import check_chunk, slot_positions, write_tokens
 
 
-# %% cell 53 (22-quantize)
+# %% cell 62 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -525,7 +525,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 56 (22-pack)
+# %% cell 65 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -557,7 +557,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 59 (22-quantized-bytes)
+# %% cell 68 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -568,7 +568,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 64 (22-groups)
+# %% cell 74 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -584,7 +584,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 67
+# %% cell 77
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -640,7 +640,7 @@ class GroupFormat:
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
 
-# %% cell 68
+# %% cell 78
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
@@ -664,7 +664,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 69
+# %% cell 79
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -739,7 +739,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 70
+# %% cell 80
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -820,7 +820,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 75
+# %% cell 85
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -835,7 +835,7 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 80
+# %% cell 90
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
@@ -922,7 +922,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 84
+# %% cell 94
 import time
 from contextlib import ExitStack
 
