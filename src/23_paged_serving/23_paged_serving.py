@@ -723,7 +723,9 @@ class PassBook(SequenceBook):
 
     def reserve_all(self, seqs, counts):
         """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
-        sequences = [self._between_passes(seq) for seq in seqs]
+        sequences, counts = [self._between_passes(seq) for seq in seqs], [whole_number("n", n, least=0) for n in counts]
+        if not len(set(seqs)) == len(seqs) == len(counts):
+            raise ValueError(f"each sequence is named once, with its tokens, got {list(seqs)} and {counts}")
         plans = self._plans(sequences, counts)
         needed = sum(copies + num_new for _, copies, num_new in plans)
         if needed > self.num_free():
@@ -1002,9 +1004,9 @@ class PagedPool:
                      head_dim=head_dim, max_seqs=max_seqs)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.store = BlockStore(self.num_layers, self.num_blocks, self.num_heads, self.block_size, self.head_dim,
                                 dtype, tracker)
+        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.dtype, self._tracker = self.store.dtype, tracker
 
     def add_sequence(self, tokens=None):
@@ -1086,9 +1088,14 @@ class PagedKVCache(PagedPool):
         if v.shape[1] != count or (tokens is not None and len(tokens) != count):
             raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and the tokens {tokens}: "
                              "they must be as many")
-        self.store.copy(self.tables.reserve(seq, count))
-        slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
-        self.store.write(0, slots, k, v)
+        pairs = self.tables.reserve(seq, count)
+        try:
+            self.store.copy(pairs)
+            slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
+            self.store.write(0, slots, k, v)
+        except BaseException:  # Ctrl-C
+            self.tables.release(seq)
+            raise
         self.tables.commit(seq, count, tokens)
 
     def get_kv(self, seq):
