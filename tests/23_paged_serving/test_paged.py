@@ -248,15 +248,16 @@ class TestNames:
         assert tables.length(tables.add_sequence([1, 2, 3, 4, 6])) == 2
 
     def test_what_is_pending_or_released_or_has_no_tokens_is_not_found(self):
-        tables = BlockTables(8, 2, 6)
+        tables = BlockTables(8, 2, 8)
         seq = tables.add_sequence([1, 2, 3])
         tables.reserve(seq, 2)
         assert tables.length(tables.add_sequence([1, 2, 3])) == 0
         tables.release(seq)
         assert tables.length(tables.add_sequence([1, 2, 3])) == 0
         append(tables, seq, [1, 2, 3], named=False)
-        append(tables, seq, [4])
-        assert tables.length(tables.add_sequence([1, 2, 3, 4, 5])) == 0
+        append(tables, seq, [4, 5, 6])
+        for prompt in ([1, 2, 3, 4, 5], [4, 5, 6]):  # what comes behind unknown tokens has no name either
+            assert tables.length(tables.add_sequence(prompt)) == 0
         tables.truncate(seq, 0)
         append(tables, seq, [1, 2, 3, 4])
         append(tables, seq, [5, 6], named=False)
@@ -592,6 +593,13 @@ class TestRows:
             each.rollback(1)
         twin.close()
         assert rows.seq_lens == [5] and rows.get(0)[0].shape == (1, 2, 5, 8)
+
+    def test_a_copy_for_which_too_few_sequences_are_allowed_changes_nothing(self):
+        pool = model_pool(max_seqs=3)
+        rows = pool.rows([pool.add_sequence(), pool.add_sequence()])
+        with pytest.raises(ValueError, match="max_seqs=3"):
+            rows.clone()
+        assert pool.tables.sequences() == rows.seqs
 
     def test_a_copy_made_in_an_open_pass_has_what_is_committed(self):
         rows, (k, v) = paged_kv_cache(1, 8, 1, 2, 8, block_size=2), chunk(1, 3)

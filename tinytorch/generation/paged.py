@@ -29,6 +29,7 @@ __all__ = [
     "PagedModelKVCache",
     "TableLedger",
     "OpenPass",
+    "PagedPass",
     "PagedRows",
     "paged_kv_cache",
 ]
@@ -646,11 +647,79 @@ class OpenPass(NamedTuple):
     steps: np.ndarray  # its place in the chunk,
     slots: np.ndarray  # and the slot that it will fill
     tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
-    visible: list  # per row, tokens that are stored and new
+    visible: list  # per row, how many tokens are stored and new
+    tokens: list  # per row, the ids of the new ones, or None
 
 
 # %% cell 48
-class PagedRows(CacheDoor, CacheRows):
+class PagedPass(CacheDoor):
+    """What the rows of a pool do in a pass: open it, write, read, and keep or drop what was written."""
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        now = self._open
+        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
+        self.pool.store.write(layer_idx, now.slots, key, value)
+        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
+
+    def get(self, layer_idx):
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
+        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+
+    def abandon(self):
+        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
+        if self._open is not None:
+            self._release()
+        self._ledger.close_pass()
+
+    def _open_pass(self, lengths):
+        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
+        tables, starts = self.pool.tables, self.seq_lens
+        counts = [stop - start for start, stop in zip(starts, lengths)]
+        tokens = [None] * self.batch_size if self.tokens is None else [token_list(row) for row in self.tokens]
+        if self.tokens is not None and [len(row) for row in tokens] != counts:
+            raise ValueError(f"tokens names {[len(row) for row in tokens]} ids per row, the pass brings {counts}")
+        copies = tables.reserve_all(self.seqs, counts)
+        try:
+            self.pool.store.copy(copies)
+            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
+                     for seq, start, stop in zip(self.seqs, starts, lengths)]
+            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
+            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths, tokens)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self):
+        self._open = None
+        for seq in self.seqs:
+            self.pool.tables.release(seq)
+
+    def _keep_pass(self):
+        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
+        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
+            self.pool.store.clear(layer_idx, self._open.slots)
+        done, self._open, self.tokens = self._open, None, None
+        for seq, n, tokens in zip(self.seqs, self._ledger.n_new, done.tokens):
+            self.pool.tables.commit(seq, n, tokens)
+
+    def _tables(self, pending):
+        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
+        longest = max(map(len, tables))
+        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
+
+    def _read_through(self, layer_idx, tables, lengths):
+        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
+        for row, length in enumerate(lengths):
+            both[:, row, :, length:] = 0
+        both.flags.writeable = False
+        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+
+
+# %% cell 49
+class PagedRows(PagedPass, CacheRows):
     """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every pass.
 
     seqs: the ids, one per row; `reorder` changes them. tokens: per row, the ids that the next pass brings (or None):
@@ -682,25 +751,6 @@ class PagedRows(CacheDoor, CacheRows):
         """That of the whole pool."""
         return self.pool.get_memory_usage()
 
-    def update(self, layer_idx, key, value, n_new=None):
-        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
-        with self._lock:
-            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
-        now = self._open
-        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
-        self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
-
-    def get(self, layer_idx):
-        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
-
-    def abandon(self):
-        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
-        if self._open is not None:
-            self._release()
-        self._ledger.close_pass()
-
     def reset(self):
         """Empty again: every row has 0 tokens, its blocks are free."""
         self.truncate(0)
@@ -709,7 +759,15 @@ class PagedRows(CacheDoor, CacheRows):
         """An independent copy of what is committed: forks, or a pool of its own if these rows have one."""
         if self.owns_pool:
             return PagedRows(self.pool.clone(), self.seqs, max_seq_len=self.max_seq_len, owns_pool=True)
-        return PagedRows(self.pool, [self.pool.fork(seq) for seq in self.seqs], max_seq_len=self.max_seq_len)
+        forks = []
+        try:
+            for seq in self.seqs:
+                forks.append(self.pool.fork(seq))
+        except ValueError:  # max_seqs: nothing is changed
+            for seq in forks:
+                self.pool.finish_sequence(seq)
+            raise
+        return PagedRows(self.pool, forks, max_seq_len=self.max_seq_len)
 
     def close(self):
         """The sequences end; a pool of their own gives its memory back. A second call does nothing."""
@@ -727,49 +785,6 @@ class PagedRows(CacheDoor, CacheRows):
     def __exit__(self, *error):
         self.close()
 
-    def _open_pass(self, lengths):
-        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
-        tables, starts = self.pool.tables, self.seq_lens
-        counts = [stop - start for start, stop in zip(starts, lengths)]
-        named = counts if self.tokens is None else [len(token_list(row)) for row in self.tokens]
-        if named != counts:
-            raise ValueError(f"tokens names {named} ids per row, the pass brings {counts}")
-        copies = tables.reserve_all(self.seqs, counts)
-        try:
-            self.pool.store.copy(copies)
-            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
-                     for seq, start, stop in zip(self.seqs, starts, lengths)]
-            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
-            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths)
-        except BaseException:
-            self._release()
-            raise
-
-    def _release(self):
-        self._open = None
-        for seq in self.seqs:
-            self.pool.tables.release(seq)
-
-    def _keep_pass(self):
-        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
-        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
-            self.pool.store.clear(layer_idx, self._open.slots)
-        tokens, self.tokens, self._open = self.tokens or [None] * self.batch_size, None, None
-        for seq, n, row in zip(self.seqs, self._ledger.n_new, tokens):
-            self.pool.tables.commit(seq, n, row)
-
-    def _tables(self, pending):
-        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
-        longest = max(map(len, tables))
-        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
-
-    def _read_through(self, layer_idx, tables, lengths):
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
-        for row, length in enumerate(lengths):
-            both[:, row, :, length:] = 0
-        both.flags.writeable = False
-        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
-
     def _forget(self, kept, stored):
         for seq, length in zip(self.seqs, kept):
             self.pool.truncate(seq, length)
@@ -784,7 +799,7 @@ class PagedRows(CacheDoor, CacheRows):
             seen.add(source)
 
 
-# %% cell 49
+# %% cell 50
 def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, block_size=16, num_blocks=None,
                    dtype=np.float32, strict=False, tracker=None):
     """A paged cache for a batch, with a pool of its own: a factory for enable_kv_cache.
