@@ -747,6 +747,7 @@ def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, 
 
 # %% cell 12
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from tinytorch.core.tensor import default_rng
@@ -924,11 +925,10 @@ def check_request(request, model, cache):
     if isinstance(request.temperature, bool) or not isinstance(request.temperature, (int, float, np.number)):
         raise ValueError(f"temperature is a number, got {request.temperature!r}")
     check_sampling(request.temperature, request.top_k)
-    stop = np.array([] if request.stop_token is None else request.stop_token).reshape(-1)
-    if stop.size and stop.dtype.kind not in "iu":
-        raise ValueError(f"stop_token is an id, several, or None, got {request.stop_token!r}")
+    several = request.stop_token if isinstance(request.stop_token, Iterable) else [request.stop_token]
+    stop_ids = tuple(whole_number("stop_token", token, least=0) for token in several if token is not None)
     seed = default_rng().integers(2**63) if request.seed is None else whole_number("seed", request.seed, least=0)
-    return ids[0].tolist(), tuple(stop.tolist()), np.random.default_rng(seed)
+    return ids[0].tolist(), stop_ids, np.random.default_rng(seed)
 
 
 # %% cell 33 (23-postprocess)
