@@ -14,9 +14,6 @@
 
 # %% [markdown]
 """
-
-# %% [markdown]
-"""
 # Lesson 22: Cache compression
 
 **You build** caches that stay small: a window that slides and keeps its sinks, keys and values in 8, 4 or 2 bits, and
