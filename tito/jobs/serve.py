@@ -41,7 +41,7 @@ def main() -> int:
     arguments = parse()
     listener = listen(arguments.host, arguments.port)
     address, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(address).is_loopback:
+    if reachable(address):
         print(f"Warning: {address} can be reached from other machines, and there is no authentication: "
               "whoever reaches this port can use it.", file=sys.stderr)
     loaded, tokenizer, _ = words.model_from(arguments.checkpoint)
@@ -67,6 +67,11 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             sys.exit(f"tito: port {port} of {host} is in use already. Give another --port; 0 takes a free one.")
         sys.exit(f"tito: port {port} of {host} cannot be opened: {error.strerror}.")
+
+
+def reachable(address: str) -> bool:
+    """Can other machines reach this address?"""
+    return not ipaddress.ip_address(address).is_loopback
 
 
 def engine_of(model, tokenizer, sizes: argparse.Namespace):

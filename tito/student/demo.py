@@ -105,7 +105,7 @@ def require_checkpoint(checkpoint: Path) -> Path:
 
 
 def require_package(course: Course, last: str = CACHE_LESSON, what: str = "a GPT and its cache") -> None:
-    """A CourseError unless the package is complete and has the lesson `last`, as in a clone or at the end of a class."""
+    """A CourseError unless the package is complete and has lesson `last`, as in a clone or at the end of a class."""
     lessons = {lesson.name: lesson for lesson in course.lessons}
     if last not in lessons:
         raise CourseError(

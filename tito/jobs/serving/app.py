@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from tito.jobs.serving import answers, asked
 from tito.jobs.serving.engine import Broken, Busy, Engine, Event, Job, Refused, Stopped
-from tito.jobs.serving.fields import ApiError
+from tito.jobs.serving.fields import ApiError, shown
 
 MOST_BODY = 1 << 20  # bytes; a prompt that fits the context is far smaller
 MOST_DROPPED = 64 << 20  # of what is larger, so much is read and dropped, so that the client hears why
@@ -83,12 +83,14 @@ def application(engine: Engine, model: asked.Model) -> Starlette:
         Route("/health", health), Route("/metrics", metrics),
     ]  # fmt: skip
     said = dict.fromkeys((ApiError, Refused, Busy, Stopped, Broken, Exception), refuse)
-    return Starlette(routes=routes, exception_handlers={**said, HTTPException: not_routed, Left: leave,
-                                                        ClientDisconnect: leave})
+    said |= {HTTPException: not_routed, Left: leave, ClientDisconnect: leave}
+    app = Starlette(routes=routes, exception_handlers=said)
+    app.router.redirect_slashes = False
+    return app
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Only JSON that calls itself so: a web page cannot make its visitors' browsers send that."""
+    """The body of a request, which has to call itself JSON: a web page cannot make its visitors' browsers send that."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "The request needs the header 'Content-Type: application/json'.")
     announced, body, size = int(request.headers.get("content-length", 0)), bytearray(), 0
@@ -184,8 +186,8 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 
 async def not_routed(request: Request, error: HTTPException) -> Response:
-    what = f"There is no {request.method} {request.url.path} here"
-    ways = "; ".join(["POST /v1/completions, /v1/chat/completions", "GET /v1/models, /health, /metrics"])
+    what = f"There is no {shown(request.method)[1:-1]} {shown(request.scope['path'])[1:-1]} here"
+    ways = "POST /v1/completions, /v1/chat/completions; GET /v1/models, /health, /metrics"
     return Json(ApiError(error.status_code, f"{what}. {ways}.").body, error.status_code, error.headers)
 
 

@@ -10,6 +10,7 @@ from tito.jobs.serving.fields import ApiError, Fields, kind, parsed, shown, wron
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on to the end of the context
 MOST_CHOICES, MOST_STOPS = 128, 4
+CHAT_ENDS = ("\n\nuser:",)  # a model that goes on with the user's words has had its turn
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -58,7 +59,7 @@ def read(body: bytes, chat: bool, model: Model) -> Asked:
         for _ in range(n):
             own = None if seed is None else (seed + len(choices)) % 2**64  # choices differ, and repeat with the seed
             choices.append((prompt, {**how, "max_new_tokens": room, "seed": own}))
-    return Asked(choices, sum(map(len, prompts)), stops, stream, include_usage)
+    return Asked(choices, sum(map(len, prompts)), stops + CHAT_ENDS * chat, stream, include_usage)
 
 
 def no_such_model(named: str, model: Model) -> ApiError:
@@ -85,7 +86,7 @@ def ids(values: list, where: str, model: Model) -> list[int]:
     for value in values:
         if type(value) is not int or not 0 <= value < model.vocab_size:
             raise wrong(where, f"holds ids from 0 to {model.vocab_size - 1}; got {shown(value)}")
-    return long_enough(values, where)
+    return fitting(values, where, model)
 
 
 def encoded(text: str, where: str, model: Model) -> list[int]:
@@ -94,14 +95,17 @@ def encoded(text: str, where: str, model: Model) -> list[int]:
         least = math.ceil(len(text.encode()) / model.longest_token)
     except UnicodeEncodeError as error:
         raise wrong(where, f"holds half of a surrogate pair at position {error.start}, which is no character") from None
-    if least > model.context:
+    if least >= model.context:
         raise too_long(f"your prompt has at least {least}", model)
-    return long_enough(model.encode(text), where)
+    return fitting(model.encode(text), where, model)
 
 
-def long_enough(prompt: list[int], where: str) -> list[int]:
+def fitting(prompt: list[int], where: str, model: Model) -> list[int]:
+    """The prompt, if there is one and it leaves room for an answer."""
     if not prompt:
         raise wrong(where, "is empty; at least one token is needed")
+    if len(prompt) >= model.context:
+        raise too_long(f"your prompt has {len(prompt)}", model)
     return prompt
 
 
@@ -143,8 +147,6 @@ def most_tokens(fields: Fields, chat: bool) -> int | None:
 def new_tokens(prompt: int, asked: int | None, chat: bool, model: Model) -> int:
     """How many tokens a prompt of this length gets."""
     room = model.context - prompt
-    if room < 1:
-        raise too_long(f"your prompt has {prompt}", model)
     if asked is None:
         return room if chat else min(DEFAULT_TOKENS, room)
     if asked > room:
