@@ -180,7 +180,7 @@ def serving(script: Script, **options):
         return scheduler, scheduler
 
     listener = serve.listen("127.0.0.1", 0)
-    engine = Engine(new, {**BYTES, END: b""}, END, **options)
+    engine = Engine(new, {**BYTES, END: b"<end>"}, END, **options)
     server = serve.Server(serve.uvicorn_config(engine, MODEL), engine)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -238,7 +238,13 @@ def test_a_stop_string_cuts_the_text_also_across_tokens(mini, stop, text, tokens
     events = list(mini.complete(max_tokens=50, stop=stop, stream=True))
     assert "".join(event.choices[0].text for event in events) == text
     assert events[-1].choices[0].finish_reason == "stop"
-    until(lambda: mini.engine.stats.blocks_free == StandIn.num_blocks)
+
+
+def test_a_stop_string_ends_the_work_too():
+    script = Script(permits=threading.Semaphore(4))
+    with serving(script) as mini:
+        assert mini.complete(max_tokens=50, stop="bca").choices[0].text == "a"
+        assert mini.engine.stats[:4] == (100, 100, 0, 0), "without a fifth step"
 
 
 def test_what_looked_like_a_stop_string_and_is_none_is_shown(mini):
@@ -317,7 +323,7 @@ SAY = [{"role": "user", "content": "Hi"}]
 WRONG = [
     ("", "not JSON"), ("{", "not JSON"), ("[1]", "not a list"), ("null", "not null"), ("\x00", "not JSON"),
     (b"\xff\xfe\xfd", "not JSON"), ('{"model": "mini", "prompt": ' + DEEP, "nested too deep"),
-    ('{"model": "mini", "prompt": "p", "temperature": NaN}', "NaN"),
+    ('{"model": "mini", "prompt": "p", "user": NaN}', "not JSON: it holds NaN"),
     ('{"model": "mini", "prompt": "p", "temperature": -Infinity}', "Infinity"),
     ('{"model": "mini", "prompt": "p", "temperature": 1e999}', "from 0 to 2"),
     ('{"model": "mini", "prompt": "p", "max_tokens": ' + "9" * 4000 + "}", "room for 1000"),
@@ -428,7 +434,7 @@ def test_ids_and_prompts_as_long_as_fits(mini):
 # --- clients that leave, errors, ends ------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_in_mid_stream_is_cancelled_and_others_go_on():
+def test_a_client_that_leaves_in_mid_stream_is_cancelled_and_others_go_on(capfd):
     script = Script(permits=threading.Semaphore(0))
     with serving(script) as mini:
         leaving = mini.started(prompt=["a", "b"], max_tokens=500, stream=True)
@@ -443,6 +449,7 @@ def test_a_client_that_leaves_in_mid_stream_is_cancelled_and_others_go_on():
         events = [json.loads(line[6:]) for line in staying.getresponse().read().split(b"\n\n")[:-2]]
         assert "".join(event["choices"][0]["text"] for event in events) == "abc" * 100
         assert mini.engine.stats.blocks_free == StandIn.num_blocks and mini.count("finished") == 1
+    assert capfd.readouterr().err == "", "a client that leaves is nothing to report"
 
 
 @pytest.mark.parametrize("stream", [False, True])
