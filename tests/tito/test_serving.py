@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import random
 import socket
@@ -11,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 
 import pytest
 
@@ -19,7 +19,8 @@ pytest.importorskip("uvicorn", reason="`tito serve` needs the extra serve")
 openai = pytest.importorskip("openai", reason="the client that the server is tested with")
 
 from tito.jobs import serve  # noqa: E402
-from tito.jobs.serving import asked  # noqa: E402
+from tito.jobs.serving import asked, server  # noqa: E402
+from tito.jobs.serving.app import application  # noqa: E402
 from tito.jobs.serving.engine import Engine  # noqa: E402
 from tito.jobs.serving.fields import ApiError  # noqa: E402
 from tito.jobs.serving.text import Text  # noqa: E402
@@ -141,7 +142,7 @@ class Running:
     """A server in a thread, its engine, and ways to ask it."""
 
     engine: Engine
-    server: serve.Server
+    server: server.Server
     port: int
     thread: threading.Thread
 
@@ -154,7 +155,7 @@ class Running:
 
     def ask(self, method: str, path: str, body=None, **headers):
         """(status, headers, body) of a request as it stands; a body that is no string becomes JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
         with_type = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         connection.request(method, path, data, with_type)
@@ -163,7 +164,7 @@ class Running:
 
     def started(self, path="/v1/completions", **body):
         """A connection on which a request was sent and no answer read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("POST", path, json.dumps({"model": "mini", **body}), {"Content-Type": "application/json"})
         return connection
 
@@ -179,15 +180,15 @@ def serving(script: Script, **options):
         scheduler = StandIn(script)
         return scheduler, scheduler
 
-    listener = serve.listen("127.0.0.1", 0)
+    listener = server.listen("127.0.0.1", 0)
     engine = Engine(new, {**BYTES, END: b"<end>"}, END, **options)
-    server = serve.Server(serve.uvicorn_config(engine, MODEL), engine)
-    thread = threading.Thread(target=server.run, args=([listener],))
+    http = server.Server(application(engine, MODEL), engine)
+    thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
     try:
-        yield Running(engine, server, listener.getsockname()[1], thread)
+        yield Running(engine, http, listener.getsockname()[1], thread)
     finally:
-        server.should_exit = True
+        http.should_exit = True
         engine.close()
         thread.join(60)
         assert not thread.is_alive()
@@ -419,7 +420,7 @@ def test_a_body_that_is_too_large(mini):
     with pytest.raises(openai.APIStatusError) as caught:
         mini.complete("p" * 10_000_000)
     assert caught.value.status_code == 413 and "1,048,576 bytes" in caught.value.message
-    connection = http.client.HTTPConnection("127.0.0.1", mini.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", mini.port, timeout=60)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(10**12))
@@ -464,7 +465,7 @@ def test_a_client_that_leaves_before_the_answer_is_cancelled(stream):
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(mini):
-    connection = http.client.HTTPConnection("127.0.0.1", mini.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", mini.port, timeout=60)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "1000")
@@ -532,7 +533,7 @@ def test_an_error_of_ours_is_500_and_leaks_nothing(mini, monkeypatch, capfd):
 
 
 def test_a_server_that_is_told_to_stop_gives_streams_a_while_and_then_an_error(monkeypatch):
-    monkeypatch.setattr(serve, "GRACE", 0.2)
+    monkeypatch.setattr(server, "GRACE", 0.2)
     script = Script(permits=threading.Semaphore(0))
     with serving(script) as mini:
         connection = mini.started(prompt="p", max_tokens=9, stream=True)
@@ -548,7 +549,7 @@ def test_a_server_that_is_told_to_stop_gives_streams_a_while_and_then_an_error(m
 
 
 def test_a_server_that_is_told_to_stop_lets_streams_come_to_their_end(monkeypatch):
-    monkeypatch.setattr(serve, "GRACE", 60)
+    monkeypatch.setattr(server, "GRACE", 60)
     script = Script(permits=threading.Semaphore(0))
     with serving(script) as mini:
         connection = mini.started(prompt="p", max_tokens=9, stream=True)
@@ -581,17 +582,17 @@ def test_an_engine_that_stands_still_says_so():
 
 
 def test_where_to_listen():
-    taken = serve.listen("127.0.0.1", 0)
+    taken = server.listen("127.0.0.1", 0)
     with pytest.raises(SystemExit, match="in use already"):
-        serve.listen("127.0.0.1", taken.getsockname()[1])
+        server.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(SystemExit, match="no host 'no.such.host.invalid'"):
-        serve.listen("no.such.host.invalid", 0)
+        server.listen("no.such.host.invalid", 0)
     taken.close()
 
 
 def test_who_can_reach_it():
-    assert not any(map(serve.reachable, ["127.0.0.1", "127.9.9.9", "::1"]))
-    assert all(map(serve.reachable, ["0.0.0.0", "::", "192.168.0.7", "fe80::1%eth0"]))
+    assert not any(map(server.reachable, ["127.0.0.1", "127.9.9.9", "::1"]))
+    assert all(map(server.reachable, ["0.0.0.0", "::", "192.168.0.7", "fe80::1%eth0"]))
 
 
 def test_a_model_whose_ids_have_no_text_is_refused():

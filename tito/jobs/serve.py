@@ -6,72 +6,39 @@ Runs against whichever `tinytorch` comes first on the path, so the scheduler and
 from __future__ import annotations
 
 import argparse
-import asyncio
-import errno
-import ipaddress
 import signal
-import socket
 import sys
 from pathlib import Path
 
-import uvicorn
-
 from tito.jobs import words
-from tito.jobs.serving.asked import Model
 
-GRACE = 3.0  # seconds that running requests have to come to their end when the server is told to stop
-CLOSE = 2.0  # and that their clients have to read the last of it
 END_OF_TEXT = "<|endoftext|>"  # the special token that ends a text, where the tokenizer has it
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which on Ctrl-C or SIGTERM takes no more connections and waits for those that there are, for a while."""
-
-    def __init__(self, config: uvicorn.Config, engine):
-        super().__init__(config)
-        self.engine = engine
-
-    async def shutdown(self, sockets=None) -> None:
-        timer = asyncio.get_running_loop().call_later(GRACE, self.engine.close)
-        await super().shutdown(sockets)
-        timer.cancel()
-
-
 def main() -> int:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # from here on Ctrl-C is answered: by exit_with
     arguments = parse()
+    from tito.jobs.serving.server import Server, listen, reachable
+
     listener = listen(arguments.host, arguments.port)
     address, port = listener.getsockname()[:2]
     if reachable(address):
         print(f"Warning: {address} can be reached from other machines, and there is no authentication: "
               "whoever reaches this port can use it.", file=sys.stderr)
     loaded, tokenizer, _ = words.model_from(arguments.checkpoint)
+    name = arguments.checkpoint.stem
     engine = engine_of(loaded, tokenizer, arguments)
-    server = Server(uvicorn_config(engine, model_of(arguments.checkpoint.stem, loaded, tokenizer)), engine)
+    from tito.jobs.serving.app import application
+
+    server = Server(application(engine, model_of(name, loaded, tokenizer)), engine)
     for number in (signal.SIGINT, signal.SIGTERM):  # also once more, after uvicorn has heard it
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     where = f"[{address}]" if ":" in address else address
-    print(f"Serving {arguments.checkpoint.stem!r} at http://{where}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    print(f"Serving {name!r} at http://{where}:{port}/v1 (Ctrl-C ends it)", flush=True)
     server.run(sockets=[listener])
     print("Stopped.", flush=True)
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, or the end of the program with one sentence."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family, backlog=512)
-    except socket.gaierror as error:
-        sys.exit(f"tito: there is no host {host!r}: {error.strerror}.")
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            sys.exit(f"tito: port {port} of {host} is in use already. Give another --port; 0 takes a free one.")
-        sys.exit(f"tito: port {port} of {host} cannot be opened: {error.strerror}.")
-
-
-def reachable(address: str) -> bool:
-    """Can other machines reach this address?"""
-    return not ipaddress.ip_address(address).is_loopback
 
 
 def engine_of(model, tokenizer, sizes: argparse.Namespace):
@@ -96,23 +63,15 @@ def engine_of(model, tokenizer, sizes: argparse.Namespace):
         sys.exit(f"tito: a cache of {blocks:,} blocks of {sizes.block_size} tokens cannot be had: {error}")
 
 
-def model_of(name: str, model, tokenizer) -> Model:
+def model_of(name: str, model, tokenizer):
     """What requests are measured by; a model that makes ids without a text ends the program with one sentence."""
+    from tito.jobs.serving.asked import Model
+
     silent = [i for i in range(model.vocab_size) if i not in tokenizer.tokens]
     if silent:
         sys.exit(f"tito: the model makes {model.vocab_size} ids and its tokenizer has no text for {silent[0]}.")
     longest = max(map(len, tokenizer.tokens.values()))
     return Model(name, model.max_seq_len, model.vocab_size, longest, tokenizer.encode)
-
-
-def uvicorn_config(engine, model: Model) -> uvicorn.Config:
-    """One way through uvicorn, the same wherever it runs; it prints nothing."""
-    from tito.jobs.serving.app import application
-
-    return uvicorn.Config(
-        application(engine, model), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None,
-        log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE + CLOSE,
-    )  # fmt: skip
 
 
 def parse() -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def run_serve(course: Course, checkpoint: Path | None, host: str, port: int, siz
     if os.name == "nt":
         return run_python(arguments, course.root)
     # The server takes this process's place, so that a signal to `tito serve` is one to the server, whoever sends it.
+    # A Ctrl-C between the two waits until the server can answer it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     sys.stdout.flush()
     os.chdir(course.root)
     os.execve(sys.executable, [sys.executable, *arguments], environment(course.root))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 import traceback
 from collections.abc import AsyncIterator
@@ -176,7 +175,7 @@ def told(error: Exception) -> ApiError:
     """What the client hears of an error; one that nobody foresaw is shown on the terminal."""
     said = answers.error_of(error)
     if said.status == 500 and not isinstance(error, Broken):
-        traceback.print_exception(error, file=sys.stderr)
+        traceback.print_exception(error)
     return said
 
 

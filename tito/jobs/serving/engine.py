@@ -7,7 +7,6 @@ job comes back through its `deliver`, called in this thread.
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -77,7 +76,7 @@ class Engine:
     def __init__(self, new: Callable[[], tuple], tokens: Mapping[int, bytes], end: int | None = None, most: int = 256):
         self._new, self._tokens, self._end, self._most_waiting = new, tokens, end, most
         self._scheduler, self._cache = new()
-        self._orders, self._jobs, self._outbox = queue.SimpleQueue(), {}, []  # _jobs: {request_id: job}
+        self._orders, self._jobs, self._outbox = queue.SimpleQueue(), {}, []  # jobs by request_id
         self._totals, self.closed = Counter(), False
         self._count()
         threading.Thread(target=self._run, name="tito-engine", daemon=True).start()
@@ -102,7 +101,7 @@ class Engine:
                     self._step()
                 self._count()  # before anybody hears of an end, so that its blocks are seen to be free
             except Exception:
-                traceback.print_exc(file=sys.stderr)
+                traceback.print_exc()
                 self._start_again()
             outbox, self._outbox = self._outbox, []
             for job, event in outbox:
@@ -132,8 +131,8 @@ class Engine:
         except ValueError as error:
             return self._tell(job, Event(error=Refused(str(error))))
         except Exception:
-            self._tell(job, Event(error=Broken()))
-            raise
+            traceback.print_exc()
+            return self._tell(job, Event(error=Broken()))
         job.request, self._jobs[request.request_id] = request, job
 
     def _step(self) -> None:
@@ -148,8 +147,7 @@ class Engine:
         self._totals["tokens"] += 1
         finish = job.request.finish_reason
         text = "" if token == self._end else job.text.add(token)
-        if finish:
-            text += job.text.end()
+        text += job.text.end() if finish else ""
         if job.text.stopped:
             if not finish:
                 self._scheduler.cancel(job.request.request_id)
@@ -198,7 +196,7 @@ class Engine:
 
     def _close(self) -> None:
         self.closed = True
-        for job in list(self._jobs.values()):
+        for job in [*self._jobs.values()]:
             self._fail(job, Stopped())
 
     def _count(self) -> None:
