@@ -122,6 +122,15 @@ def test_a_text_is_the_one_that_generate_makes_also_without_a_cache(served):
     assert served.complete(ids, max_tokens=40).choices[0].text == expected
 
 
+def test_the_example_prints_what_the_readme_says(served):
+    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Serve it")[1]
+    code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", section, re.DOTALL).groups()
+    assert "http://127.0.0.1:8000/v1" in code
+    command = [sys.executable, "-c", code.replace("http://127.0.0.1:8000/v1", served.url)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=BOUND)
+    assert done.stdout == output.rstrip("\n"), done.stdout + done.stderr
+
+
 def test_a_chat(served, alone):
     talk = [{"role": "user", "content": "What is a class?"}]
     create = served.client.chat.completions.create
