@@ -48,5 +48,5 @@ anew:
 	@touch $@
 
 .venv/developer: pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,cluster,explore,grade,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,cluster,explore,grade,plot,serve]'
 	@touch .venv/student $@

@@ -31,7 +31,8 @@ class _Ordered(typer.core.TyperGroup):
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-ORDER = ["module", "status", "doctor", "demo", "generate", "explore", "grade", "dev"]
+ORDER = ["module", "status", "doctor", "demo", "generate", "serve", "explore", "grade", "dev"]
+LOCAL = "127.0.0.1"  # only this machine
 app = typer.Typer(**STYLE, cls=_Ordered, invoke_without_command=True, help=HELP)
 module = typer.Typer(**STYLE, invoke_without_command=True, help="Work on a lesson.")
 dev = typer.Typer(**STYLE, invoke_without_command=True, help="For those who write lessons.")
@@ -172,6 +173,25 @@ def generate(
     from tito.student import demo as job
 
     return job.run_generate(_course(), prompt, checkpoint, tokens, cache, temperature, top_k, seed)
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint = None,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Where to listen; 0: a free one.")] = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="There is no password: mind who can reach it.")] = LOCAL,
+    blocks: Annotated[int | None, typer.Option(metavar="N", min=1, help="Blocks of the cache, for all.")] = None,
+    block_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a block.")] = 16,
+    max_running: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that run at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that may wait; more hear 503.")] = 256,
+    token_budget: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one pass of the model.")] = 256,
+) -> int:
+    """Serve the GPT built from your package over HTTP, as OpenAI does."""
+    from tito.student import serve as job
+
+    sizes = {"block-size": block_size, "max-running": max_running, "max-waiting": max_waiting}
+    sizes |= {"token-budget": token_budget} | ({} if blocks is None else {"blocks": blocks})
+    return job.run_serve(_course(), checkpoint, host, port, sizes)
 
 
 @app.command()

@@ -104,12 +104,12 @@ def require_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def require_package(course: Course) -> None:
-    """A CourseError unless the package is complete up to the cache, as in a clone or at the end of a graded class."""
+def require_package(course: Course, last: str = CACHE_LESSON, what: str = "a GPT and its cache") -> None:
+    """A CourseError unless the package is complete and has lesson `last`, as in a clone or at the end of a class."""
     lessons = {lesson.name: lesson for lesson in course.lessons}
-    if CACHE_LESSON not in lessons:
+    if last not in lessons:
         raise CourseError(
-            f"This needs a GPT and its cache, and the lessons here end with {course.lessons[-1].folder}.",
+            f"This needs {what}, and the lessons here end with {course.lessons[-1].folder}.",
             "It works once you have completed the last lesson of the whole course.",
         )
     missing = [lesson for lesson in course.lessons if not lesson.package_file.is_file()]
@@ -156,11 +156,15 @@ def run_job(name: str, root: Path, arguments: list[str]) -> int:
 
 def run_python(arguments: list[str], root: Path) -> int:
     """Run this Python in `root`, with its package first on the path and tito's own after it."""
-    home = str(Path(__file__).parents[2])
-    path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     sys.stdout.flush()
     try:
-        return subprocess.run([sys.executable, *arguments], cwd=root, env=env).returncode
+        return subprocess.run([sys.executable, *arguments], cwd=root, env=environment(root)).returncode
     except KeyboardInterrupt:
         return 130
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This process's environment with the package at `root` first on the path and tito's own after it."""
+    home = str(Path(__file__).parents[2])
+    path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
