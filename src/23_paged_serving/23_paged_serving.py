@@ -19,7 +19,7 @@
 **You build** what serves many conversations from one memory: blocks handed out on demand, a table for each
 sequence, and beginnings that are stored once for all who share them. Then the scheduler that keeps the batch full.
 
-**Needs** lessons 01, 05, 12, 13, 14 and 17. **Exported** to `tinytorch.generation.paged`. **Time** 90 minutes.
+**Needs** lessons 01, 05, 13 and 17. **Exported** to `tinytorch.generation.paged`. **Time** 120 minutes.
 Long cells without a hole are given: read their docstrings, come back for the rest.
 """
 
