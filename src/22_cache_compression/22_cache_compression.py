@@ -103,13 +103,13 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
 """
 ## C. Elsewhere: on disk
 
-A conversation rests over night, and its process ends: tomorrow the whole prompt is run again. A cache is numbers,
-so a file can keep it. Lesson 07's file for arrays is enough; what must go into it?
+A conversation rests over night, its process ends, and tomorrow the whole prompt is run again. A cache is numbers, so
+lesson 07's file for arrays can keep it. What must go in?
 
     "key", "value"   (L, B, H_kv, S, D)   S: tokens of the longest row; what is not a token is zero
     "lengths"        (B,) int64           committed tokens of each row; nothing that is pending
 
-A cache of 64 slots with 5 tokens gives a file for 5: slots that hold nothing need no bytes.
+Slots that hold nothing need no bytes.
 
 *Predict.* Two layers, one row, two heads of D = 8, float32, max_seq_len 64, five tokens stored. How many bytes do keys
 and values take in the file? How many times as many in memory?
@@ -236,7 +236,7 @@ def state_problem(state, cache):
         return f"it holds {longest} tokens, this cache has max_seq_len={cache.max_seq_len}"
     return None
 
-# %% nbgrader={"grade": true, "grade_id": "22-state-problem-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+# %%
 def good_state(dtype=np.float32):
     """The state of 3 layers, 2 rows of 4 and 2 tokens, 2 heads of 5."""
     key, value = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 4, 5)).astype(dtype)
@@ -249,7 +249,7 @@ def with_number(array, number):
     array[(-1,) * array.ndim] = number
     return array
 
-
+# %% nbgrader={"grade": true, "grade_id": "22-state-problem-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_state_problem():
     """Oracle: a good state, and one fault at a time."""
     good, cache = good_state(), KVCache(2, 6, 3, 2, 5)
@@ -278,19 +278,40 @@ def test_unit_state_problem():
 if __name__ == "__main__":
     test_unit_state_problem()
 
+# %% [markdown]
+"""
+The two functions themselves are given. Pending tokens are not saved, for a file with half a pass could not go on: that is
+refused. Nor is a cache that compresses or forgets: what it has left is not what it was given.
+"""
+
 # %%
 #| export
+def require_tokens(cache):
+    """NotImplementedError for a cache that compresses or forgets what it was given."""
+    if isinstance(cache, PendingKVCache):
+        raise NotImplementedError(f"{type(cache).__name__} does not keep each token as it came, so it cannot be "
+                                  "saved and continued exactly: save the ids, and prefill again")
+
+
 def save_cache(cache, path):
     """Write the committed tokens of a cache to a safetensors file, whole or not at all: a kill leaves the old file.
 
-    CacheStateError while a pass is open: a file with half a pass could not go on. NotImplementedError for a cache
-    that does not keep each token as it came: from what is left, nobody could continue it exactly.
+    CacheStateError while a pass is open. NotImplementedError for a cache that does not keep each token as it came.
     """
     require_tokens(cache)
     if cache.pending_layers:
         raise CacheStateError(f"layers {cache.pending_layers} are pending: advance() or abandon(), then save")
-    metadata = {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len}
-    save_checkpoint(path, cache_state(cache), metadata)
+    save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
+
+# %%
+#| export
+def cache_for(state, metadata, path):
+    """An empty KVCache of the sizes that a file names."""
+    shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
+    if len(shape) != 5 or not longest.isdecimal():
+        raise ValueError(f"{path} holds {sorted(state)[:5]}: no cache that save_cache wrote")
+    num_layers, batch_size, num_heads, _, head_dim = shape
+    return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
 
 
 def load_cache(path, cache=None):
@@ -303,34 +324,18 @@ def load_cache(path, cache=None):
     if cache is not None:
         require_tokens(cache)
     state, metadata = load_checkpoint(path)
-    target = cache_for(state, metadata, path) if cache is None else cache
-    problem = state_problem(state, target)
+    cache = cache_for(state, metadata, path) if cache is None else cache
+    problem = state_problem(state, cache)
     if problem:
         raise ValueError(f"{path} does not fit: {problem}. Nothing was loaded")
     lengths = state["lengths"].tolist()
-    target._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
-    target.reset()
+    cache._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
+    cache.reset()
     if max(lengths):
-        for layer_idx in range(target.num_layers):
-            target.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
-        target.advance()
-    return target
-
-
-def require_tokens(cache):
-    """NotImplementedError for a cache that compresses or forgets what it was given."""
-    if isinstance(cache, PendingKVCache):
-        raise NotImplementedError(f"{type(cache).__name__} does not keep each token as it came, so it cannot be "
-                                  "saved and continued exactly: save the ids, and prefill again")
-
-
-def cache_for(state, metadata, path):
-    """An empty KVCache of the sizes that a file names."""
-    shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
-    if len(shape) != 5 or not longest.isdecimal():
-        raise ValueError(f"{path} holds {sorted(state)[:5]}: no cache that save_cache wrote")
-    num_layers, batch_size, num_heads, _, head_dim = shape
-    return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
+        for layer_idx in range(cache.num_layers):
+            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
+        cache.advance()
+    return cache
 
 # %% nbgrader={"grade": true, "grade_id": "22-saved-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_saved():
@@ -366,7 +371,10 @@ if __name__ == "__main__":
 """
 *Look back.* Which wrong file can no check find? (One of another model with the same sizes: its numbers are as good as
 ours. A server puts the model's name into the metadata.)
+"""
 
+# %% [markdown]
+"""
 **A cache in a file.** Can a cache be larger than memory? `numpy.memmap` maps a file: it reads and writes like an array,
 and the system brings pages in and takes them out. Two traps:
 

@@ -7,10 +7,10 @@ __all__ = [
     "PendingKVCache",
     "cache_state",
     "state_problem",
-    "save_cache",
-    "load_cache",
     "require_tokens",
+    "save_cache",
     "cache_for",
+    "load_cache",
     "take_bytes",
     "mapped_zeros",
     "OffloadedKVCache",
@@ -130,18 +130,33 @@ def state_problem(state, cache):
     return None
 
 
-# %% cell 16
+# %% cell 18
+def require_tokens(cache):
+    """NotImplementedError for a cache that compresses or forgets what it was given."""
+    if isinstance(cache, PendingKVCache):
+        raise NotImplementedError(f"{type(cache).__name__} does not keep each token as it came, so it cannot be "
+                                  "saved and continued exactly: save the ids, and prefill again")
+
+
 def save_cache(cache, path):
     """Write the committed tokens of a cache to a safetensors file, whole or not at all: a kill leaves the old file.
 
-    CacheStateError while a pass is open: a file with half a pass could not go on. NotImplementedError for a cache
-    that does not keep each token as it came: from what is left, nobody could continue it exactly.
+    CacheStateError while a pass is open. NotImplementedError for a cache that does not keep each token as it came.
     """
     require_tokens(cache)
     if cache.pending_layers:
         raise CacheStateError(f"layers {cache.pending_layers} are pending: advance() or abandon(), then save")
-    metadata = {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len}
-    save_checkpoint(path, cache_state(cache), metadata)
+    save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
+
+
+# %% cell 19
+def cache_for(state, metadata, path):
+    """An empty KVCache of the sizes that a file names."""
+    shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
+    if len(shape) != 5 or not longest.isdecimal():
+        raise ValueError(f"{path} holds {sorted(state)[:5]}: no cache that save_cache wrote")
+    num_layers, batch_size, num_heads, _, head_dim = shape
+    return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
 
 
 def load_cache(path, cache=None):
@@ -154,37 +169,21 @@ def load_cache(path, cache=None):
     if cache is not None:
         require_tokens(cache)
     state, metadata = load_checkpoint(path)
-    target = cache_for(state, metadata, path) if cache is None else cache
-    problem = state_problem(state, target)
+    cache = cache_for(state, metadata, path) if cache is None else cache
+    problem = state_problem(state, cache)
     if problem:
         raise ValueError(f"{path} does not fit: {problem}. Nothing was loaded")
     lengths = state["lengths"].tolist()
-    target._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
-    target.reset()
+    cache._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
+    cache.reset()
     if max(lengths):
-        for layer_idx in range(target.num_layers):
-            target.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
-        target.advance()
-    return target
+        for layer_idx in range(cache.num_layers):
+            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
+        cache.advance()
+    return cache
 
 
-def require_tokens(cache):
-    """NotImplementedError for a cache that compresses or forgets what it was given."""
-    if isinstance(cache, PendingKVCache):
-        raise NotImplementedError(f"{type(cache).__name__} does not keep each token as it came, so it cannot be "
-                                  "saved and continued exactly: save the ids, and prefill again")
-
-
-def cache_for(state, metadata, path):
-    """An empty KVCache of the sizes that a file names."""
-    shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
-    if len(shape) != 5 or not longest.isdecimal():
-        raise ValueError(f"{path} holds {sorted(state)[:5]}: no cache that save_cache wrote")
-    num_layers, batch_size, num_heads, _, head_dim = shape
-    return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
-
-
-# %% cell 19
+# %% cell 23
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):
