@@ -205,7 +205,7 @@ Loading is the harder half. A file may be cut off (lesson 07 refuses it), belong
 cache at all. And the cache that we load into may be somebody's conversation: **look at everything first, then
 change**.
 
-If all is well, a loaded file is one more pass: room, reset, an update for each layer with `n_new` = lengths, advance. So
+If all is well, a loaded file is one more pass: reset, an update for each layer with `n_new` = lengths, advance. So
 whatever cache takes tokens can be filled, also a longer one, a growing one, or one on disk.
 
 `state_problem` looks. Names and lengths are given; look at the two arrays: shape, dtype, and numbers that are finite.
@@ -314,6 +314,16 @@ def cache_for(state, metadata, path):
     return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
 
 
+def fill(cache, state):
+    """Put a state that fits in place of all that the cache holds, as one pass."""
+    lengths = state["lengths"].tolist()
+    cache.reset()
+    if max(lengths):
+        for layer_idx in range(cache.num_layers):
+            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
+        cache.advance()
+
+
 def load_cache(path, cache=None):
     """Give a cache the tokens of a file that save_cache wrote, in place of its own (pending ones too); return it.
 
@@ -328,13 +338,12 @@ def load_cache(path, cache=None):
     problem = state_problem(state, cache)
     if problem:
         raise ValueError(f"{path} does not fit: {problem}. Nothing was loaded")
-    lengths = state["lengths"].tolist()
-    cache._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
-    cache.reset()
-    if max(lengths):
-        for layer_idx in range(cache.num_layers):
-            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
-        cache.advance()
+    before = cache_state(cache)
+    try:
+        fill(cache, state)
+    except BaseException:  # a cache that cannot grow, a pool without blocks, Ctrl-C
+        fill(cache, before)
+        raise
     return cache
 
 # %% nbgrader={"grade": true, "grade_id": "22-saved-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
