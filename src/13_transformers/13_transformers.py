@@ -574,19 +574,23 @@ class GPT(Module):
         """The prompt and up to max_new_tokens tokens more; list in, list out; array in, array out.
 
         Greedy at temperature 0; else drawn from the softmax of logits / temperature, over the top_k best if given. A
-        row ends at its stop_token (an id, or several) and is filled up with it until every row has ended. A cache,
+        row ends at its stop_token (an id, or several) and is filled up with it until every row has ended. Prompts
+        of different length, a list of lists, give a list of lists: each ends where it ended alone. A cache,
         given or enabled, is reset if it holds tokens, and only what it lacks is run. ValueError if the prompt and
         max_new_tokens together exceed max_seq_len. Runs in evaluation mode without gradients; the mode comes back.
         on_token, where given, is called with each round's ids (B,), so that a caller can show them as they come.
         """
-        ids = check_prompt(prompt, max_new_tokens, self.max_seq_len)
+        rows = rows_of_different_length(prompt)
+        ids = check_prompt(rows[-1] if rows else prompt, max_new_tokens, self.max_seq_len)  # the longest comes last
         check_sampling(temperature, top_k)
         given = cache is not None and cache is not self._kv_cache
         cache = cache if given else self._kv_cache
         check_capacity(cache, ids.shape[1], max_new_tokens)
+        sampling = (temperature, top_k, rng, stop_token, on_token)
         with evaluating(self), cache.attached_to(self) if given else nullcontext():
-            ids = continue_ids(self, ids, max_new_tokens, cache, temperature, top_k, rng, stop_token, on_token)
-        return like_prompt(ids, prompt)
+            if rows:
+                return continue_rows(self, prompt, max_new_tokens, cache, *sampling)
+            return like_prompt(continue_ids(self, ids, max_new_tokens, cache, *sampling), prompt)
 
 # %% nbgrader={"grade": true, "grade_id": "13-hidden-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_hidden():
@@ -912,7 +916,60 @@ if __name__ == "__main__":
 """
 What is left of `generate` is good manners: check before any work, evaluate without gradients, put every
 mode back even after an error, and answer a list with a list.
+
+And prompts of different length. We pad them on the *right*: no token looks at what comes after it, so the padding
+changes nothing, and each row's next token comes from its own last position.
 """
+
+# %%
+#| export
+def rows_of_different_length(prompt):
+    """The rows of a ragged list of prompts, shortest first; None for any other prompt."""
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(row, (list, tuple, np.ndarray)) for row in prompt):
+        return None
+    rows = sorted(prompt, key=len)
+    if not rows or len(rows[0]) == len(rows[-1]):
+        return None
+    for row in rows:
+        if token_rows(row).shape != (1, len(row)):
+            raise ValueError(f"a prompt is a list of token ids, got one of shape {np.shape(row)}")
+    return rows
+
+
+def continue_rows(model, prompts, max_new_tokens, cache=None, temperature=0, top_k=None, rng=None, stop_token=None,
+                  on_token=None):
+    """`continue_ids` for prompts of different length: a list of lists, each prompt with its own new tokens.
+
+    A cache counts the tokens of each row in `seq_lens`, and takes a chunk that is padded on the right.
+    """
+    if cache is not None and len(cache.seq_lens) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need a cache with as many rows, this one has {len(cache.seq_lens)}")
+    if cache is not None and max_new_tokens and cache.seq_pos:
+        cache.reset()
+    texts, ended = [list(map(int, prompt)) for prompt in prompts], [False] * len(prompts)
+    every = np.arange(len(prompts))
+    ids = np.zeros((len(prompts), max(map(len, texts)) + max_new_tokens), np.int64)
+    lengths = np.array([len(text) for text in texts])
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+    for _ in range(max_new_tokens):
+        held = np.zeros_like(lengths) if cache is None else np.array(cache.seq_lens)
+        n_new = lengths - held
+        chunk = np.minimum(held[:, None] + np.arange(n_new.max()), ids.shape[1] - 1)  # where each row goes on
+        with nullcontext() if cache is None else cache.attached_to(model, n_new=n_new):
+            last = model.hidden(ids[every[:, None], chunk])[every, n_new - 1]  # (B, E)
+        token = sample_next(model.head(last).numpy(), temperature, top_k, rng)
+        ids[every, lengths] = token
+        lengths = lengths + 1
+        for row, text in enumerate(texts):
+            if not ended[row]:
+                text.append(int(token[row]))
+                ended[row] = stop_token is not None and bool(np.isin(token[row], stop_token))
+        if on_token is not None:
+            on_token(token)
+        if all(ended):
+            break
+    return texts
 
 # %%
 #| export

@@ -48,6 +48,9 @@ from tinytorch.profiling.profiler import Measurement, MemoryTracker, measure_lat
 
 # %%
 # Given, and not part of the package: what the checks below use.
+import time
+
+
 def error_of(run, kind=ValueError):
     """The message of the error that `run()` raises; "" when it raises none."""
     try:
@@ -1712,6 +1715,45 @@ three lines: a server must refuse a cache *before* memory runs out, and lesson 1
 
 *Look back.* Weights are shared by all who are served; a cache belongs to one conversation. How many conversations of
 8192 tokens with Llama-3-70B fit into 80 GB? (`80e9 // KNOWN_MODELS["Llama-3-70B"].calculate_size()`.)
+"""
+
+# %% [markdown]
+"""
+Must all of it be allocated at once? `KVCache(..., grow=True)` starts with 16 slots and doubles when a row is full.
+Doubling copies everything that is stored, but rarely: each token is copied less than once on average, while a store
+that grows by one slot would copy all of it for every token.
+
+*Predict:* 1000 tokens, one at a time. How often does the store grow from 16 slots to 1024? How much more memory is in
+use, for the moment of a copy, than the new store alone?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "17-measure-growth", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_growth(num_tokens=1000, num_layers=4, repeats=3):
+    """Bytes and seconds of a cache that grows, beside one that is allocated at once, for `num_tokens` tokens."""
+    token = np.ones((1, 4, 1, 32), np.float32)
+    for grow in (False, True):
+        seconds, stores = [], set()
+        for _ in range(repeats):
+            tracker = MemoryTracker()
+            start = time.perf_counter()
+            cache = KVCache(1, 1024, num_layers, 4, 32, grow=grow, tracker=tracker)
+            for _ in range(num_tokens):
+                for layer_idx in range(num_layers):
+                    cache.update(layer_idx, token, token)
+                cache.advance()
+                stores.add(cache.nbytes)
+            seconds.append(time.perf_counter() - start)
+        print(f"grow={grow!s:5} {1e6 * min(seconds) / num_tokens:6.1f} us per token, stores of "
+              f"{[f'{size:,}' for size in sorted(stores)]} bytes, peak {tracker.peak:,}")
+
+
+if __name__ == "__main__":
+    show_growth()
+
+# %% [markdown]
+"""
+A short conversation then takes little, and a long one pays a few copies, during which the old store and the new one
+are there together. A server that must never wait for a copy allocates at once, or in blocks: lesson 23.
 """
 
 # %% [markdown]

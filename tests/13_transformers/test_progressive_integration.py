@@ -380,9 +380,44 @@ class TestGenerate:
                 with pytest.raises(ValueError, match=next(iter(wrong))):
                     model.generate([1], new, **wrong)
         with pytest.raises(ValueError, match="different lengths"):
-            model.generate([[1], [1, 2]], 1)
+            small_gpt()([[1], [1, 2]])
         with pytest.raises(ValueError, match="token ids"):
             model.generate([], 1)
+
+    def test_prompts_of_different_length_are_each_continued_as_if_alone(self):
+        """Oracle: each prompt alone, continued greedily from the logits of `gpt_in_numpy`."""
+        model, prompts, told = small_gpt(), [[1, 2, 3, 4], [5], [6, 7]], []
+        expected = []
+        for prompt in prompts:
+            text = list(prompt)
+            for _ in range(5):
+                text.append(int(gpt_in_numpy(model, text)[-1].argmax()))
+            expected.append(text)
+        got = model.generate(prompts, 5, on_token=lambda token: told.append(token.tolist()))
+        assert got == expected
+        assert told == [[text[len(prompt) + i] for prompt, text in zip(prompts, expected)] for i in range(5)]
+        assert model.generate(tuple(np.array(prompt) for prompt in prompts), 5) == expected
+        assert model.generate(prompts, 0) == prompts and prompts == [[1, 2, 3, 4], [5], [6, 7]]
+
+    def test_a_row_of_a_ragged_batch_ends_at_its_stop_token_and_is_not_filled_up(self):
+        model, prompts = small_gpt(), [[1, 2, 3, 4], [5], [6, 7]]
+        alone = [model.generate(prompt, 8) for prompt in prompts]
+        stop = alone[1][3]
+        expected = []
+        for prompt, text in zip(prompts, alone):
+            new = text[len(prompt) :]
+            expected.append(prompt + (new[: new.index(stop) + 1] if stop in new else new))
+        assert model.generate(prompts, 8, stop_token=stop) == expected
+        assert len(expected[1]) <= 4
+
+    def test_ragged_prompts_that_are_none_are_refused_before_any_work(self):
+        model = small_gpt()
+        model.hidden = None  # so that any work is an error of another kind
+        for prompts in ([[1, 2], []], [[1], [2.5, 2]], [[1], [2, [3]]], [[1], [[2, 3]], [1, 2]], [[1], [True, False]]):
+            with pytest.raises(ValueError, match="token ids|different lengths"):
+                model.generate(prompts, 2)
+        with pytest.raises(ValueError, match="max_seq_len=12"):
+            model.generate([[1], [1] * 10], 3)
 
     def test_a_stop_token_stops_its_own_row_only(self):
         model = small_gpt()

@@ -464,6 +464,133 @@ class TestMembers:
         assert usage["total_bytes"] == 3072 and usage["total_mb"] == 3072 / 2**20 and usage["cache_tensors"] == 6
 
 
+class TestGrowth:
+    """`KVCache(grow=True)`; oracle: the same tokens in plain arrays, and the sizes 16, 32, 64, ... by hand."""
+
+    def test_it_starts_small_doubles_and_ends_at_max_seq_len(self):
+        cache, sizes, (k, v) = KVCache(2, 50, 1, 2, 4, grow=True), [], tokens(50)
+        assert cache.capacity == 50
+        for t in range(50):
+            store(cache, k[:, :, t : t + 1], v[:, :, t : t + 1])
+            sizes.append(cache.nbytes // (2 * 2 * 2 * 4 * 4))
+            np.testing.assert_array_equal(cache.get(0)[0].data, k[:, :, : t + 1])
+            np.testing.assert_array_equal(cache.get(0)[1].data, v[:, :, : t + 1])
+        assert sizes == [16] * 16 + [32] * 16 + [50] * 18
+        with pytest.raises(ValueError, match="max_seq_len=50"):
+            cache.update(0, k[:, :, :1], v[:, :, :1])
+        assert cache.nbytes == KVCache(2, 50, 1, 2, 4).nbytes
+
+    def test_a_prompt_grows_it_once_and_a_refused_one_not_at_all(self):
+        cache, (k, v) = KVCache(2, 200, 2, 2, 4, grow=True), tokens(70)
+        with pytest.raises(ValueError):
+            cache.update(0, np.full_like(k, np.nan), v)
+        assert cache._store.shape[4] == 16
+        store(cache, k, v, n_new=[70, 3])
+        assert cache._store.shape[4] == 128
+        assert cache.get(1)[0].shape == (2, 2, 70, 4)
+        np.testing.assert_array_equal(cache.get(1)[0].data[0], k[0] + 1)
+        np.testing.assert_array_equal(cache.get(1)[0].data[1, :, :3], k[1, :, :3] + 1)
+        assert not cache.get(1)[0].data[1, :, 3:].any()
+
+    def test_views_of_the_smaller_store_stay_what_they_were(self):
+        cache, (k, v) = KVCache(1, 64, 1, 2, 4, grow=True), tokens(16, batch_size=1)
+        view = cache.update(0, k, v)
+        cache.advance()
+        store(cache, *tokens(1, batch_size=1, seed=1))
+        np.testing.assert_array_equal(view.key.data, k)
+
+    def test_the_tracker_follows_and_a_limit_refuses_the_growth_and_nothing_is_lost(self):
+        (k, v), slot = tokens(16, batch_size=1), 2 * 2 * 4 * 4
+        tracker = MemoryTracker(limit_bytes=(16 + 32) * slot)
+        cache = KVCache(1, 64, 1, 2, 4, grow=True, tracker=tracker)
+        assert tracker.current == 16 * slot
+        store(cache, k, v)
+        store(cache, k[:, :, :1], v[:, :, :1])
+        assert tracker.current == cache.nbytes == 32 * slot and tracker.peak == 48 * slot
+        store(cache, k[:, :, :15], v[:, :, :15])
+        with pytest.raises(MemoryError):
+            cache.update(0, k[:, :, :1], v[:, :, :1])
+        assert cache.seq_lens == [32] and cache.pending_layers == [] and tracker.current == 32 * slot
+        np.testing.assert_array_equal(cache.get(0)[0].data[:, :, :16], k)
+        cache.close()
+        assert tracker.current == 0
+
+    def test_layers_in_threads_find_one_store(self):
+        (k, v), layers = tokens(1, batch_size=1), 8
+        for start in (15, 16, 31, 32):
+            cache = KVCache(1, 64, layers, 2, 4, grow=True)
+            store(cache, *tokens(start, batch_size=1, seed=start))
+            gate = threading.Barrier(layers)
+
+            def run(layer, cache=cache, gate=gate):
+                gate.wait()
+                cache.update(layer, k + layer, v + layer)
+
+            threads = [threading.Thread(target=run, args=(layer,)) for layer in range(layers)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            cache.advance()
+            for layer in range(layers):
+                np.testing.assert_array_equal(cache.get(layer)[0].data[:, :, start:], k + layer)
+
+    def test_a_gpt_generates_on_it_and_a_clone_goes_its_own_way(self):
+        model, prompt = random_gpt(), list(range(1, 12))
+        expected = model.generate(prompt, 30)
+        cache = enable_kv_cache(model, grow=True)
+        assert model.generate(prompt, 30) == expected and cache._store.shape[4] == 64
+        twin = cache.clone()
+        assert twin.grow and twin.seq_lens == cache.seq_lens
+        twin.reset()
+        assert cache.seq_pos == 40
+        disable_kv_cache(model)
+
+
+class TestAnyMember:
+    """`enable_kv_cache` takes a cache that exists, or whoever makes one."""
+
+    def test_a_cache_that_exists_is_used_and_an_option_beside_it_is_refused(self):
+        model = random_gpt()
+        cache = cache_of(model, batch_size=2)
+        assert enable_kv_cache(model, cache=cache) is cache is model._kv_cache
+        model(ids_for((2, 3)))
+        assert cache.seq_lens == [3, 3]
+        with pytest.raises(TypeError, match="batch_size"):
+            enable_kv_cache(model, cache=cache, batch_size=2)
+        assert model._kv_cache is cache
+
+    def test_a_factory_gets_the_sizes_of_the_model_and_its_own_options(self):
+        model, seen = random_gpt(), {}
+
+        def factory(flavour, **sizes):
+            seen.update(sizes, flavour=flavour)
+            return KVCache(**sizes)
+
+        enable_kv_cache(model, factory=factory, flavour="x", batch_size=3)
+        assert seen == {"batch_size": 3, "max_seq_len": 64, "num_layers": 3, "num_heads": 2, "head_dim": 8,
+                        "flavour": "x"}
+
+    def test_a_given_cache_that_does_not_fit_is_refused_and_stays_open(self):
+        model, cache = random_gpt(), KVCache(1, 8, 3, 4, 8)
+        parts = parts_of(model)
+        with pytest.raises(ValueError, match="key-value heads"):
+            enable_kv_cache(model, cache=cache)
+        assert cache.capacity == 8 and same_objects(parts_of(model), parts) and model._kv_cache is None
+
+    def test_prompts_of_different_length_on_a_cache_equal_each_alone(self):
+        model, prompts = random_gpt(), [[1, 2, 3, 4, 5], [7], [9, 9, 9]]
+        alone = [model.generate(prompt, 12) for prompt in prompts]
+        cache = cache_of(model, batch_size=3)
+        for _ in range(2):  # the second time it still holds the first text
+            assert model.generate(prompts, 12, cache=cache) == alone
+            assert cache.seq_lens == [16, 12, 14], "the last new token of each row is never run"
+        enable_kv_cache(model, batch_size=3)
+        assert model.generate(prompts, 12) == alone
+        with pytest.raises(ValueError, match="rows"):
+            model.generate(prompts[:2], 2)
+
+
 class TestFunctionsBesideTheClasses:
     @pytest.mark.parametrize("wrap", [np.asarray, Tensor])
     def test_the_t_queries_are_the_last_t_tokens_causal_among_themselves(self, wrap):

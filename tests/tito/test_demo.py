@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHECKPOINT = REPOSITORY / "tito" / "jobs" / "demo.safetensors"
+CHECKPOINT = REPOSITORY / "tinytorch" / "demo" / "demo.safetensors"
 PROMPT = "The class definition"
 
 

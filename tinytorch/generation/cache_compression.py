@@ -10,6 +10,7 @@ __all__ = [
     "require_tokens",
     "save_cache",
     "cache_for",
+    "fill",
     "load_cache",
     "take_bytes",
     "mapped_zeros",
@@ -159,6 +160,16 @@ def cache_for(state, metadata, path):
     return KVCache(batch_size, int(longest), num_layers, num_heads, head_dim, dtype=state["key"].dtype)
 
 
+def fill(cache, state):
+    """Put a state that fits in place of all that the cache holds, as one pass."""
+    lengths = state["lengths"].tolist()
+    cache.reset()
+    if max(lengths):
+        for layer_idx in range(cache.num_layers):
+            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
+        cache.advance()
+
+
 def load_cache(path, cache=None):
     """Give a cache the tokens of a file that save_cache wrote, in place of its own (pending ones too); return it.
 
@@ -173,13 +184,12 @@ def load_cache(path, cache=None):
     problem = state_problem(state, cache)
     if problem:
         raise ValueError(f"{path} does not fit: {problem}. Nothing was loaded")
-    lengths = state["lengths"].tolist()
-    cache._open_pass(lengths)  # a cache that grows finds its room while it still holds the old tokens
-    cache.reset()
-    if max(lengths):
-        for layer_idx in range(cache.num_layers):
-            cache.update(layer_idx, state["key"][layer_idx], state["value"][layer_idx], lengths)
-        cache.advance()
+    before = cache_state(cache)
+    try:
+        fill(cache, state)
+    except BaseException:  # a cache that cannot grow, a pool without blocks, Ctrl-C
+        fill(cache, before)
+        raise
     return cache
 
 

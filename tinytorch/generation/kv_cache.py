@@ -947,7 +947,7 @@ def analyze_kvcache_memory(models=None, batch_size=1):
     return rows
 
 
-# %% cell 66 (17-prefill)
+# %% cell 69 (17-prefill)
 def run_in_chunks(model, ids, cache, chunk, n_new):
     """Run ids (B, T) into the cache, `chunk` tokens at a time; return the list of the logits of each chunk.
 
@@ -983,7 +983,7 @@ def prefill(model, ids, cache, chunk=None, n_new=None):
         return cat(run_in_chunks(model, ids, cache, chunk, np.array(counts)), dim=1)
 
 
-# %% cell 69 (17-rows)
+# %% cell 72 (17-rows)
 def clear_slots(store, starts, stops):
     """Zero the slots start .. stop - 1 of each row, in all layers, keys and values: store (L, 2, B, H, S, D)."""
     for row, (start, stop) in enumerate(zip(starts, stops)):
@@ -995,7 +995,7 @@ def gather_rows(store, rows):
     store[...] = store[:, :, rows]  # indexing by a list copies, so nothing is read after it was overwritten
 
 
-# %% cell 83
+# %% cell 86
 class LayerKVCache:
     """The cache of one layer on its own: two arrays (B, H, S, D), public and writable, and a length per row.
 
@@ -1046,7 +1046,7 @@ class LayerKVCache:
         return lengths
 
 
-# %% cell 84 (17-stateless)
+# %% cell 87 (17-stateless)
 def attend_last(query, cache, lengths):
     """Attention of each row's last T tokens over all that the row holds: (B, H, T, D) -> (B, H, T, D), float32.
 
@@ -1079,7 +1079,7 @@ def multi_head_attention_with_cache(query_input, cache, w_q, w_k, w_v, w_o):
     return Tensor(output) if isinstance(query_input, Tensor) else output
 
 
-# %% cell 86
+# %% cell 89
 class IncrementalDecoder:
     """A small decoder in plain NumPy, one LayerKVCache per layer: attention and residuals, nothing else."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from tito.course.errors import CourseError
 
 INDEX = Path("modules") / "index.json"
+UNTAUGHT = ("tinytorch/viewer", "tinytorch/demo")  # rooms of the package that are built from no lesson
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,10 @@ def package_before(lesson: Lesson) -> dict[str, str]:
 
 
 def rooms(root: Path) -> dict[str, str]:
-    """The files that make folders of tinytorch/ a package, the viewer's left out."""
+    """The files that make folders of tinytorch/ a package, those left out that are built from no lesson."""
     paths = sorted((root / "tinytorch").rglob("__init__.py"))
     texts = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    return {path: text for path, text in texts.items() if not path.startswith("tinytorch/viewer/")}
+    return {path: text for path, text in texts.items() if not path.startswith(manifest.UNTAUGHT)}
 
 
 def _controls(assignment: Assignment, solutions: dict[str, str]) -> dict[str, str]:

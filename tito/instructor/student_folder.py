@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tito.course import student_version
+from tito.course import manifest, student_version
 from tito.course.errors import CourseError
 from tito.course.manifest import INDEX, Course, Lesson
 from tito.course.processes import remove_tree
@@ -37,7 +37,7 @@ def contents(course: Course, lessons: list[Lesson], graded: set[str]) -> dict[st
     texts[INDEX.as_posix()] = _index(root, lessons, graded)
     texts["README.md"] = readme(course, [lesson for lesson in lessons if lesson.folder in graded])
     files = {path: text.encode("utf-8") for path, text in texts.items()}
-    for folder in ("tito", "tinytorch/viewer", *(f"tests/{lesson.folder}" for lesson in lessons)):
+    for folder in ("tito", *manifest.UNTAUGHT, *(f"tests/{lesson.folder}" for lesson in lessons)):
         files |= {p.relative_to(root).as_posix(): p.read_bytes() for p in _package_files(root / folder)}
     files |= {name: (root / name).read_bytes() for name in PLAIN_FILES if (root / name).is_file()}
     listed = {path: hashlib.sha256(content).hexdigest() for path, content in sorted(files.items())}

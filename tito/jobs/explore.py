@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tinytorch.viewer.cache_explorer import CacheExplorer
-from tito.jobs import language, words
+from tito.jobs import words
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    model, tokenizer, _ = language.load(arguments.checkpoint)
+    model, tokenizer, _ = words.model_from(arguments.checkpoint)
     prompt = tokenizer.encode(arguments.prompt)
     try:
         explorer = CacheExplorer.record(model, prompt, arguments.new, decode=lambda token: tokenizer.decode([token]))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tinytorch.demo import language
 from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
-from tito.jobs import language, words
+from tito.jobs import words
 
 LENGTHS = (32, 64, 128, 256)
 
@@ -154,7 +155,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     arguments = parse()
-    model, tokenizer, notes = language.load(arguments.checkpoint)
+    model, tokenizer, notes = words.model_from(arguments.checkpoint)
     if arguments.describe:
         describe(model, tokenizer, notes)
     prompt = tokenizer.encode(arguments.prompt)

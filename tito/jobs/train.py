@@ -17,9 +17,10 @@ from tinytorch.core.losses import CrossEntropyLoss
 from tinytorch.core.optimizers import AdamW
 from tinytorch.core.tensor import manual_seed
 from tinytorch.core.training import CosineSchedule, Trainer
+from tinytorch.demo import language
 from tinytorch.models.transformer import GPT
 from tinytorch.text.tokenization import BPETokenizer
-from tito.jobs import language, words
+from tito.jobs import words
 
 SIZES = {"vocab_size": 1024, "embed_dim": 128, "num_layers": 4, "num_heads": 4, "max_seq_len": 256}
 SEED, BATCH_SIZE, MAX_LR = 17, 8, 4e-3

@@ -1,9 +1,10 @@
-"""How a program that we run for the user ends: by an exit code, and by words where the system refused something."""
+"""What programs that we run for the user say and how they end: an exit code, and words where something was refused."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
@@ -17,3 +18,13 @@ def exit_with(main: Callable[[], int | None]) -> None:
         print(f"tito: {where}{error.strerror or error}.", file=sys.stderr)
         code = 1
     sys.exit(code or 0)
+
+
+def model_from(checkpoint: Path) -> tuple:
+    """The checkpoint's model, tokenizer and notes; a file that is none ends the program with one sentence."""
+    from tinytorch.demo import language
+
+    try:
+        return language.load(checkpoint)
+    except ValueError as error:
+        sys.exit(f"tito: {error}")

@@ -18,7 +18,7 @@ from tito.course import progress, source
 from tito.course.errors import CourseError
 from tito.course.manifest import Course, Lesson
 
-CHECKPOINT = Path(__file__).parents[1] / "jobs" / "demo.safetensors"
+CHECKPOINT = Path(__file__).parents[2] / "tinytorch" / "demo" / "demo.safetensors"
 PROMPT = "The for statement is used to"
 SAMPLING = ["--temperature", "0.7", "--top-k", "20", "--seed", "17"]  # livelier than greedy, and as repeatable
 TRAINING_STEPS = 450  # about two minutes on two cores; the committed checkpoint took 1500
