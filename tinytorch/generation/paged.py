@@ -1,0 +1,738 @@
+"""Paged serving: one pool of blocks for many conversations, and the scheduler that fills it.
+
+Lesson 23_paged_serving. Built from src/23_paged_serving/23_paged_serving.py by `tito dev build`: change it there, not here.
+"""
+
+__all__ = [
+    "blocks_needed",
+    "slots_of",
+    "OutOfBlocks",
+    "Label",
+    "block_name",
+    "Blocks",
+    "find_prefix",
+    "token_list",
+    "must_copy",
+    "Reservation",
+    "Sequence",
+    "BlockTables",
+    "BlockStore",
+    "PagedPool",
+    "PagedKVCache",
+    "PagedModelKVCache",
+    "TableLedger",
+    "OpenPass",
+    "PagedRows",
+    "paged_kv_cache",
+]
+
+
+# %% cell 2
+import copy
+import hashlib
+import math
+import threading
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from tinytorch.core.tensor import Tensor
+from tinytorch.generation.kv_cache import (
+    CacheDoor,
+    CacheLedger,
+    CacheRows,
+    CacheStateError,
+    KVView,
+    check_tokens,
+    slot_positions,
+    storage_dtype,
+    whole_number,
+)
+
+
+# %% cell 3
+def blocks_needed(length, block_size):
+    """Blocks that hold so many tokens, the last one perhaps in part.
+
+    >>> [blocks_needed(length, 4) for length in (0, 1, 4, 5)]
+    [0, 1, 1, 2]
+    """
+    return (length + block_size - 1) // block_size
+
+
+def slots_of(table, start, stop, block_size):
+    """The slots (array) of positions start .. stop - 1; block b has the slots b * block_size and following.
+
+    >>> slots_of([7, 1], 2, 6, block_size=4).tolist()
+    [30, 31, 4, 5]
+    """
+    positions = np.arange(start, stop)
+    return np.array(table, int)[positions // block_size] * block_size + positions % block_size
+
+
+# %% cell 4
+class OutOfBlocks(ValueError):
+    """The pool has too few free blocks. Nothing was changed."""
+
+
+class Label(NamedTuple):
+    """What a full block holds: its name, the name of the block before it, and its tokens."""
+
+    name: str
+    parent: str
+    tokens: tuple
+
+
+def block_name(parent, tokens):
+    """The name of a full block: a hash of its parent's name ("" for the first block) and of its own tokens."""
+    return hashlib.sha256(repr((parent, tokens)).encode()).hexdigest()
+
+
+class Blocks:
+    """How often each block is held, which are free, and which have names. Numbers only, no arrays.
+
+    A block that nobody holds is free; it keeps its contents and its name until it is taken for something else.
+    Free blocks are taken in the order in which they were freed.
+    """
+
+    def __init__(self, num_blocks):
+        self.counts, self.free = [0] * num_blocks, OrderedDict.fromkeys(range(num_blocks))
+        self.labels, self.named = [None] * num_blocks, {}  # a Label or None per block; name -> block
+
+    def take(self):
+        """The block that has been free for longest, held once and without a name."""
+        block, _ = self.free.popitem(last=False)
+        self.unname(block)
+        self.counts[block] = 1
+        return block
+
+    def hold(self, block):
+        """One more sequence holds the block; a free one is found again."""
+        if self.counts[block] == 0:
+            del self.free[block]
+        self.counts[block] += 1
+
+    def give(self, block):
+        """One sequence less holds the block; without any it is free."""
+        if self.counts[block] == 0:
+            raise CacheStateError(f"block {block} is free already: it was given back twice")
+        self.counts[block] -= 1
+        if self.counts[block] == 0:
+            self.free[block] = None
+
+    def name(self, block, label):
+        """Let a full block be found, unless another with the same contents can be."""
+        if label.name not in self.named and self.labels[block] is None:
+            self.named[label.name], self.labels[block] = block, label
+
+    def unname(self, block):
+        """The block is about to be written: it can no longer be found."""
+        label, self.labels[block] = self.labels[block], None
+        if label is not None:
+            del self.named[label.name]
+
+    def find(self, parent, tokens):
+        """(block, name) of the block that holds these tokens behind that parent, or (None, name)."""
+        name = block_name(parent, tokens)
+        block = self.named.get(name)
+        same = block is not None and self.labels[block] == (name, parent, tokens)  # a hash may lie
+        return block if same else None, name
+
+
+def find_prefix(blocks, tokens, block_size):
+    """The blocks that hold the beginning of a prompt, and their names; at least one token is left to run."""
+    found, names = [], []
+    for start in range(0, len(tokens) - block_size, block_size):
+        piece = tuple(tokens[start : start + block_size])
+        block, name = blocks.find(names[-1] if names else "", piece)
+        if block is None:
+            break
+        found.append(block)
+        names.append(name)
+    return found, names
+
+
+# %% cell 5
+def token_list(tokens):
+    """Token ids as a list of ints; ValueError where one is none."""
+    values = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu") or (values < 0).any():
+        raise ValueError(f"tokens are whole numbers from 0 in one row, got {values.dtype} of shape {values.shape}")
+    return values.tolist()
+
+
+def must_copy(last_blocks, holders):
+    """Which writers must copy their last block first: all who share it, except the last of them.
+
+    last_blocks: per writer, the partly filled block it will write into, or None; holders: block -> sequences.
+
+    >>> must_copy([3, 3, None, 5], {3: 2, 5: 1})
+    [True, False, False, False]
+    """
+    left, copies = dict(holders), []
+    for block in last_blocks:
+        shared = block is not None and left[block] > 1
+        if shared:
+            left[block] -= 1
+        copies.append(shared)
+    return copies
+
+
+class Reservation(NamedTuple):
+    """The blocks of an open pass: n tokens, the table with which they are written, what was taken for it, and the
+    shared block that a copy replaces (None: there is none)."""
+
+    n: int
+    blocks: list
+    taken: list
+    left: int
+
+
+@dataclass
+class Sequence:
+    """One sequence: its table, its tokens as far as they are known, the names of its full blocks."""
+
+    blocks: list = field(default_factory=list)
+    length: int = 0
+    tokens: list = field(default_factory=list)
+    names: list = field(default_factory=list)
+    pending: Reservation = None
+
+
+class BlockTables:
+    """Which blocks hold which sequence. Bookkeeping without arrays; blocks and sequences are numbers.
+
+    A pass reserves blocks (`reserve`), is written elsewhere, and is then counted (`commit`) or dropped (`release`).
+    Sequences of the same tokens share full blocks: `add_sequence(tokens)` finds those that are here, by name.
+    """
+
+    def __init__(self, num_blocks, block_size, max_seqs):
+        self.num_blocks = whole_number("num_blocks", num_blocks, least=0)
+        self.block_size, self.max_seqs = whole_number("block_size", block_size), whole_number("max_seqs", max_seqs)
+        self.blocks, self._sequences, self._next_id = Blocks(self.num_blocks), {}, 0
+        self._leaving = Counter()  # block -> sequences that go over to a copy when their pass is committed
+
+    def add_sequence(self, tokens=None):
+        """A new sequence, and its id. tokens: its prompt; `length` says how much of it is here already."""
+        tokens = [] if tokens is None else token_list(tokens)
+        found, names = find_prefix(self.blocks, tokens, self.block_size)
+        length = len(found) * self.block_size
+        return self._add(Sequence(found, length, tokens[:length], names))
+
+    def fork(self, seq):
+        """A second sequence with the same tokens, in the same blocks."""
+        old = self._sequence(seq)
+        return self._add(Sequence(list(old.blocks), old.length, list(old.tokens), list(old.names)))
+
+    def _add(self, sequence):
+        if len(self._sequences) >= self.max_seqs:
+            raise ValueError(f"max_seqs={self.max_seqs} sequences are live: finish one, or allow more")
+        for block in sequence.blocks:
+            self.blocks.hold(block)
+        seq, self._next_id = self._next_id, self._next_id + 1
+        self._sequences[seq] = sequence
+        return seq
+
+    def finish_sequence(self, seq):
+        """Give back what the sequence holds; its id is never used again."""
+        self.truncate(seq, 0)
+        del self._sequences[seq]
+
+    def truncate(self, seq, length):
+        """Keep the first tokens of a sequence. The last blocks are freed first: prefixes stay for longest."""
+        sequence = self._between_passes(seq)
+        if whole_number("length", length, least=0) > sequence.length:
+            raise ValueError(f"sequence {seq} holds {sequence.length} tokens: it cannot be cut to {length}")
+        for block in reversed(sequence.blocks[blocks_needed(length, self.block_size) :]):
+            self.blocks.give(block)
+        del sequence.blocks[blocks_needed(length, self.block_size) :]
+        del sequence.tokens[length:], sequence.names[length // self.block_size :]
+        sequence.length = length
+
+    def reserve(self, seq, n):
+        """Find room for n more tokens; the (source, target) pairs of blocks to be copied before they are written."""
+        return self.reserve_all([seq], [n])
+
+    def reserve_all(self, seqs, counts):
+        """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
+        sequences = [self._between_passes(seq) for seq in seqs]
+        copies, fresh = self._needs(sequences, counts)
+        needed = sum(copies) + sum(fresh)
+        if needed > self.num_free():
+            raise OutOfBlocks(
+                f"{sum(counts)} more tokens of sequences {list(seqs)} need {needed} blocks, {self.num_free()} of "
+                f"num_blocks={self.num_blocks} are free: finish or truncate a sequence, or make a larger pool")
+        for sequence, n, copy, more in zip(sequences, counts, copies, fresh):
+            sequence.pending = self._extend(sequence, n, copy, more)
+        return [(s.pending.left, s.pending.taken[0]) for s in sequences if s.pending.left is not None]
+
+    def blocks_for(self, seqs, counts):
+        """Blocks that `reserve_all` would take."""
+        return sum(map(sum, self._needs([self._sequence(seq) for seq in seqs], counts)))
+
+    def _needs(self, sequences, counts):
+        """Per sequence: must it copy its last block, and how many new blocks does it need?"""
+        size = self.block_size
+        last = [s.blocks[-1] if n and s.length % size else None for s, n in zip(sequences, counts)]
+        holders = {block: self.blocks.counts[block] - self._leaving[block] for block in last if block is not None}
+        fresh = [blocks_needed(s.length + n, size) - len(s.blocks) for s, n in zip(sequences, counts)]
+        return must_copy(last, holders), fresh
+
+    def _extend(self, sequence, n, copy, more):
+        """The reservation of n tokens: new blocks behind, and the last one replaced by a copy where it must be."""
+        blocks, left = list(sequence.blocks), None
+        taken = [self.blocks.take() for _ in range(copy + more)]
+        if copy:
+            left = blocks.pop()
+            self._leaving[left] += 1
+        elif n and sequence.length % self.block_size:
+            self.blocks.unname(blocks[-1])  # written in place: no longer what its name says
+        return Reservation(n, blocks + taken, taken, left)
+
+    def commit(self, seq, n, tokens=None):
+        """Count the n reserved tokens as stored. tokens: which they are, so that full blocks can be found."""
+        sequence, tokens = self._sequence(seq), None if tokens is None else token_list(tokens)
+        pending = sequence.pending
+        if pending is None or pending.n != n:
+            raise CacheStateError(f"commit of {n} tokens to sequence {seq}: "
+                                  f"{'none are' if pending is None else f'{pending.n} were'} reserved")
+        if tokens is not None and len(tokens) != n:
+            raise ValueError(f"{len(tokens)} tokens were named, {n} are stored in sequence {seq}")
+        if pending.left is not None:
+            self._leaving[pending.left] -= 1
+            self.blocks.give(pending.left)
+        if tokens is not None and len(sequence.tokens) == sequence.length:
+            sequence.tokens += tokens
+        sequence.blocks, sequence.length, sequence.pending = pending.blocks, sequence.length + n, None
+        self._name_full_blocks(sequence)
+
+    def _name_full_blocks(self, sequence):
+        size, names = self.block_size, sequence.names
+        for index in range(len(names), len(sequence.tokens) // size):
+            parent, tokens = names[-1] if names else "", tuple(sequence.tokens[index * size : (index + 1) * size])
+            names.append(block_name(parent, tokens))
+            self.blocks.name(sequence.blocks[index], Label(names[-1], parent, tokens))
+
+    def release(self, seq):
+        """Drop the open pass of a sequence, if there is one: its blocks are free again."""
+        sequence = self._sequence(seq)
+        pending, sequence.pending = sequence.pending, None
+        if pending is not None:
+            for block in reversed(pending.taken):
+                self.blocks.give(block)
+            if pending.left is not None:
+                self._leaving[pending.left] -= 1
+
+    def length(self, seq):
+        """Committed tokens of a sequence."""
+        return self._sequence(seq).length
+
+    def table(self, seq, pending=False):
+        """The blocks of a sequence, in order: of what is committed, or with those of the open pass."""
+        sequence = self._sequence(seq)
+        return list(sequence.pending.blocks if pending and sequence.pending else sequence.blocks)
+
+    def num_free(self):
+        """Blocks that nobody holds."""
+        return len(self.blocks.free)
+
+    def sequences(self):
+        """The ids of the live sequences, oldest first."""
+        return list(self._sequences)
+
+    def _sequence(self, seq):
+        whole_number("seq", seq, least=0)
+        if seq not in self._sequences:
+            raise ValueError(f"sequence {seq} is not live: add_sequence and fork give ids, finish_sequence ends them")
+        return self._sequences[seq]
+
+    def _between_passes(self, seq):
+        sequence = self._sequence(seq)
+        if sequence.pending is not None:
+            raise CacheStateError(f"sequence {seq} has an open pass: commit it, or abandon (release) it first")
+        return sequence
+
+
+# %% cell 6
+class BlockStore:
+    """The numbers of all blocks, (L, 2, H_kv, num_blocks, block_size, D). Arrays without sequences.
+
+    Heads come before blocks: so the blocks of a table, gathered side by side, are a head's tokens in order.
+    """
+
+    def __init__(self, num_layers, num_blocks, num_heads, block_size, head_dim, dtype=np.float32, tracker=None):
+        shape = (num_layers, 2, num_heads, num_blocks, block_size, head_dim)
+        self.dtype, self._counted = storage_dtype(dtype), None
+        if tracker is not None:
+            self._counted = tracker.allocate(math.prod(shape) * self.dtype.itemsize, purpose="kv_cache")
+        try:
+            self._keep(np.zeros(shape, self.dtype))
+        except BaseException:
+            self.close()
+            raise
+
+    def _keep(self, array):
+        self.array = array
+        self._slots = array.reshape(*array.shape[:3], array.shape[3] * array.shape[4], array.shape[5])
+
+    def write(self, layer_idx, slots, key, value):
+        """Key and value (H_kv, n, D) of one layer into n slots."""
+        layer = self._slots[layer_idx]
+        layer[0][:, slots], layer[1][:, slots] = key, value
+
+    def clear(self, layer_idx, slots):
+        """Zeros into n slots of one layer."""
+        self._slots[layer_idx][:, :, slots] = 0
+
+    def read(self, layer_idx, tables):
+        """Key and value of one layer through tables (B, n), as one new array (2, H_kv, B, n * block_size, D)."""
+        layer = self.array[layer_idx]  # (2, H_kv, num_blocks, block_size, D)
+        _, num_heads, _, block_size, head_dim = layer.shape
+        out = np.empty((2, num_heads, *tables.shape, block_size, head_dim), self.dtype)
+        np.take(layer, tables, axis=2, out=out, mode="clip")  # "clip": without it, NumPy fills a second buffer
+        return out.reshape(2, num_heads, len(tables), -1, head_dim)
+
+    def copy(self, pairs):
+        """Copy whole blocks, (source, target) each, in every layer."""
+        for source, target in pairs:
+            self.array[:, :, :, target] = self.array[:, :, :, source]
+
+    @property
+    def nbytes(self):
+        """Bytes of the array."""
+        return getattr(self, "array", np.empty(0)).nbytes
+
+    def close(self):
+        """Give the memory back, to the tracker as well. A second call does nothing."""
+        counted, self._counted = self._counted, None
+        if counted is not None:
+            counted.close()
+        if self.nbytes:
+            self._keep(self.array[:, :, :, :0].copy())
+
+
+# %% cell 7
+class PagedPool:
+    """Sequences in blocks: what a cache of one layer and that of a whole model have in common."""
+
+    def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, dtype, tracker):
+        sizes = dict(num_blocks=num_blocks, block_size=block_size, num_layers=num_layers, num_heads=num_heads,
+                     head_dim=head_dim, max_seqs=max_seqs)
+        for name, value in sizes.items():
+            setattr(self, name, whole_number(name, value))
+        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
+        self.store = BlockStore(self.num_layers, self.num_blocks, self.num_heads, self.block_size, self.head_dim,
+                                dtype, tracker)
+        self.dtype, self._tracker = self.store.dtype, tracker
+
+    def add_sequence(self, tokens=None):
+        """A new sequence, and its id. tokens: its prompt; what is stored of it already need not be run again."""
+        return self.tables.add_sequence(tokens)
+
+    def seq_len(self, seq):
+        """Committed tokens of a sequence."""
+        return self.tables.length(seq)
+
+    def fork(self, seq):
+        """A second sequence with the same tokens: nothing is copied until one of them is written."""
+        return self.tables.fork(seq)
+
+    def truncate(self, seq, length):
+        """Keep the first tokens of a sequence."""
+        self.tables.truncate(seq, length)
+
+    def finish_sequence(self, seq):
+        """The sequence ends: its blocks are free, unless others hold them."""
+        self.tables.finish_sequence(seq)
+
+    def num_free(self):
+        """Blocks that nobody holds."""
+        return self.tables.num_free()
+
+    @property
+    def nbytes(self):
+        """Bytes of the store, full or empty."""
+        return self.store.nbytes
+
+    def get_memory_usage(self):
+        """Bytes allocated, and bytes of blocks that are held; MB are 2**20 bytes."""
+        used = self.nbytes * (self.num_blocks - self.num_free()) // max(self.num_blocks, 1)
+        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
+                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name,
+                "num_blocks": self.num_blocks, "free_blocks": self.num_free()}
+
+    def close(self):
+        """Give the memory back: a pool without blocks. A second call does nothing."""
+        self.store.close()
+        self.num_blocks, self.tables = 0, BlockTables(0, self.block_size, self.max_seqs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __repr__(self):
+        sizes = ("num_blocks", "block_size", "num_layers", "num_heads", "head_dim", "max_seqs")
+        listed = ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
+        return f"{type(self).__name__}({listed}, dtype={self.dtype.name}, free={self.num_free()})"
+
+
+# %% cell 8
+class PagedKVCache(PagedPool):
+    """The paged cache of one layer: sequences come and go, `update` appends to one of them.
+
+    >>> cache = PagedKVCache(num_blocks=4, block_size=2, num_heads=1, head_dim=1, max_seqs=2)
+    >>> first = cache.add_sequence()
+    >>> cache.update(first, [[[1], [2], [3]]], [[[4], [5], [6]]])
+    >>> second = cache.fork(first)
+    >>> cache.update(second, [[[7]]], [[[8]]])
+    >>> [cache.get_kv(seq)[0].ravel().tolist() for seq in (first, second)], cache.num_free()
+    ([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 7.0]], 1)
+    """
+
+    def __init__(self, num_blocks, block_size, num_heads, head_dim, max_seqs, *, dtype=np.float32):
+        super().__init__(num_blocks, block_size, 1, num_heads, head_dim, max_seqs, dtype, None)
+
+    def update(self, seq, k, v, tokens=None):
+        """Append T tokens, k and v (H, T, D). tokens: their ids, so that later prompts can find full blocks.
+
+        OutOfBlocks, a ValueError, where the pool is too full; what is refused changes nothing.
+        """
+        length, (k, v) = self.seq_len(seq), (self._checked(name, part) for name, part in (("k", k), ("v", v)))
+        tokens, count = None if tokens is None else token_list(tokens), k.shape[1]
+        if v.shape[1] != count or (tokens is not None and len(tokens) != count):
+            raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and tokens {tokens}: "
+                             "they must be as many")
+        self.store.copy(self.tables.reserve(seq, count))
+        slots = slots_of(self.tables.table(seq, pending=True), length, length + count, self.block_size)
+        self.store.write(0, slots, k, v)
+        self.tables.commit(seq, count, tokens)
+
+    def get_kv(self, seq):
+        """Keys and values of a sequence, (H, len, D) each; copies."""
+        tables, length = np.array([self.tables.table(seq)], int), self.seq_len(seq)
+        return tuple(self.store.read(0, tables)[:, :, 0, :length])
+
+    def _checked(self, name, tokens):
+        array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
+        if array.ndim != 3:
+            raise ValueError(f"{name} has shape {array.shape}, needed (heads, tokens, head_dim)")
+        return check_tokens(name, array[None], 1, self.num_heads, self.head_dim, self.dtype)[0]
+
+
+# %% cell 9
+class PagedModelKVCache(PagedPool):
+    """The paged cache of a whole model: one table per sequence serves all layers.
+
+    `rows` makes a batch of some of the sequences, with the contract of every cache:
+
+        with pool.rows(ids).attached_to(model, n_new=counts):
+            logits = model(padded)
+    """
+
+    def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, *,
+                 dtype=np.float32, strict=False, tracker=None):
+        super().__init__(num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, dtype, tracker)
+        self.strict, self.lock = bool(strict), threading.Lock()
+
+    def rows(self, seqs, tokens=None):
+        """Some sequences as the rows of a batch. tokens: per row, the ids that the next pass will bring."""
+        return PagedRows(self, seqs, tokens)
+
+    def clone(self):
+        """An independent pool with the same sequences, under the same ids; open passes are not in it."""
+        twin = PagedModelKVCache(self.num_blocks, self.block_size, self.num_layers, self.num_heads, self.head_dim,
+                                 self.max_seqs, dtype=self.dtype, strict=self.strict, tracker=self._tracker)
+        twin.tables = copy.deepcopy(self.tables)
+        for seq in twin.tables.sequences():
+            twin.tables.release(seq)
+        twin.store.array[...] = self.store.array
+        return twin
+
+    def __copy__(self):
+        return self.clone()  # two pools on one store would overwrite each other
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
+
+# %% cell 10
+class TableLedger(CacheLedger):
+    """A ledger whose lengths stand in the block tables, and are changed there only."""
+
+    def __init__(self, tables, seqs):
+        self.tables, self.seqs = tables, seqs
+        self.close_pass()
+
+    @property
+    def lengths(self):
+        return [self.tables.length(seq) for seq in self.seqs]
+
+    @lengths.setter
+    def lengths(self, lengths):
+        """The tables know already."""
+
+
+class OpenPass(NamedTuple):
+    """Where a pass writes and reads, the same in every layer."""
+
+    rows: np.ndarray  # of the new tokens of all rows: the row of each,
+    steps: np.ndarray  # its place in the chunk,
+    slots: np.ndarray  # and the slot that it will fill
+    tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
+    visible: list  # per row, tokens that are stored and new
+    pos: np.ndarray  # (B, S)
+
+
+class PagedRows(CacheDoor, CacheRows):
+    """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every step.
+
+    seqs: the ids, one per row; `reorder` changes them. tokens: per row, the ids that the next pass brings (or None):
+    full blocks then get names. A pass that finds too few free blocks raises OutOfBlocks and changes nothing.
+    """
+
+    def __init__(self, pool, seqs, tokens=None, *, max_seq_len=None, owns_pool=False):
+        self.pool, self.seqs, self.tokens, self.owns_pool = pool, list(seqs), tokens, owns_pool
+        if not self.seqs or len(set(self.seqs)) < len(self.seqs):
+            raise ValueError(f"rows need sequences, each of them once, got {self.seqs}")
+        self.batch_size, self.num_layers = len(self.seqs), pool.num_layers
+        self.num_heads, self.head_dim = pool.num_heads, pool.head_dim
+        self.dtype, self.strict, self._lock = pool.dtype, pool.strict, pool.lock
+        self.max_seq_len = pool.num_blocks * pool.block_size if max_seq_len is None else max_seq_len
+        self._ledger, self._open = TableLedger(pool.tables, self.seqs), None
+
+    @property
+    def capacity(self):
+        """Tokens that one row can be given, if no other takes the blocks."""
+        return self.max_seq_len
+
+    @property
+    def nbytes(self):
+        """Bytes of the whole pool."""
+        return self.pool.nbytes
+
+    def get_memory_usage(self):
+        """That of the whole pool."""
+        return self.pool.get_memory_usage()
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        now = self._open
+        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
+        self.pool.store.write(layer_idx, now.slots, key, value)
+        return KVView(*self._gathered(layer_idx, now.tables, now.visible), now.pos)
+
+    def get(self, layer_idx):
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
+        layer_idx, lengths = self._layer(layer_idx), self.seq_lens
+        return self._gathered(layer_idx, self._tables(pending=False), lengths)
+
+    def abandon(self):
+        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
+        if self._open is not None:
+            self._release()
+        self._ledger.close_pass()
+
+    def reset(self):
+        """Empty again: every row has 0 tokens, its blocks are free."""
+        self.abandon()
+        for seq in self.seqs:
+            self.pool.truncate(seq, 0)
+
+    def clone(self):
+        """An independent copy of what is committed: forks, or a pool of its own if these rows have one."""
+        if self.owns_pool:
+            return PagedRows(self.pool.clone(), self.seqs, max_seq_len=self.max_seq_len, owns_pool=True)
+        return PagedRows(self.pool, [self.pool.fork(seq) for seq in self.seqs], max_seq_len=self.max_seq_len)
+
+    def close(self):
+        """The sequences end; with a pool of their own, its memory is given back. A second call does nothing."""
+        if isinstance(self._ledger, TableLedger):
+            self.abandon()
+            for seq in self.seqs:
+                self.pool.finish_sequence(seq)
+            self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
+        if self.owns_pool:
+            self.pool.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _open_pass(self, lengths):
+        tables, starts = self.pool.tables, self.seq_lens
+        counts = [stop - start for start, stop in zip(starts, lengths)]
+        named = counts if self.tokens is None else [len(token_list(row)) for row in self.tokens]
+        if named != counts:
+            raise ValueError(f"tokens names {named} ids per row, the pass brings {counts}")
+        copies = tables.reserve_all(self.seqs, counts)
+        try:
+            self.pool.store.copy(copies)
+            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
+                     for seq, start, stop in zip(self.seqs, starts, lengths)]
+            self._open = OpenPass(
+                np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts]),
+                np.concatenate(slots), self._tables(pending=True), lengths, slot_positions(lengths))
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self):
+        self._open = None
+        for seq in self.seqs:
+            self.pool.tables.release(seq)
+
+    def _keep_pass(self):
+        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
+        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
+            self.pool.store.clear(layer_idx, self._open.slots)
+        tokens, self.tokens, self._open = self.tokens or [None] * self.batch_size, None, None
+        for seq, n, row in zip(self.seqs, self._ledger.n_new, tokens):
+            self.pool.tables.commit(seq, n, row)
+
+    def _tables(self, pending):
+        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
+        longest = max(map(len, tables))
+        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
+
+    def _gathered(self, layer_idx, tables, lengths):
+        both = self.pool.store.read(layer_idx, tables)[..., : max(lengths), :].swapaxes(1, 2)  # (2, B, H, S, D)
+        for row, length in enumerate(lengths):
+            both[:, row, :, length:] = 0
+        both.flags.writeable = False
+        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+
+    def _forget(self, kept, stored):
+        for seq, length in zip(self.seqs, kept):
+            self.pool.truncate(seq, length)
+
+    def _gather(self, rows):
+        """Rows that are named go on, once as they are and then as forks; those that are not end."""
+        for row in set(range(self.batch_size)) - set(rows):
+            self.pool.finish_sequence(self.seqs[row])
+        old, seen = list(self.seqs), set()
+        for row, source in enumerate(rows):
+            self.seqs[row] = self.pool.fork(old[source]) if source in seen else old[source]
+            seen.add(source)
+
+
+def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, block_size=16, num_blocks=None,
+                   dtype=np.float32, strict=False, tracker=None):
+    """A paged cache for a batch, with a pool of its own: a factory for enable_kv_cache.
+
+    num_blocks: fewer than all rows need at full length is allowed; then OutOfBlocks may end a pass.
+    """
+    batch_size, max_seq_len = whole_number("batch_size", batch_size), whole_number("max_seq_len", max_seq_len)
+    if num_blocks is None:
+        num_blocks = batch_size * blocks_needed(max_seq_len, whole_number("block_size", block_size))
+    pool = PagedModelKVCache(num_blocks, block_size, num_layers, num_heads, head_dim, batch_size,
+                             dtype=dtype, strict=strict, tracker=tracker)
+    seqs = [pool.add_sequence() for _ in range(batch_size)]
+    return PagedRows(pool, seqs, max_seq_len=max_seq_len, owns_pool=True)
