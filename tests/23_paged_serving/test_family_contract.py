@@ -1,0 +1,677 @@
+"""One contract for the whole family of caches: each sentence, for each member; and wrong members, which it must catch.
+
+Oracles: for each layer and row a plain list of tokens, and a GPT in float64 under an explicit mask. No member is ever
+compared with another one. What only one member does is tested beside its lesson.
+"""
+
+import copy
+import inspect
+import re
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinytorch.core.autograd import no_grad
+from tinytorch.core.tensor import Tensor
+from tinytorch.generation.cache_compression import OffloadedKVCache, load_cache, save_cache
+from tinytorch.generation.kv_cache import (
+    CacheStateError,
+    KVCache,
+    MemoryTracker,
+    disable_kv_cache,
+    enable_kv_cache,
+    prefill,
+    random_gpt,
+)
+from tinytorch.generation.paged import paged_kv_cache
+
+B, S, L, H, D = 2, 24, 3, 2, 8  # what random_gpt() stores, for two rows
+
+
+@dataclass(frozen=True)
+class Member:
+    """A cache of the family and what it cannot do. `options` go to the factory beside the sizes."""
+
+    name: str
+    factory: Any
+    options: dict = field(default_factory=dict)
+    window: Any = None  # (window, sinks) that is shorter than the text: then not every token is shown
+    two_values: bool = False  # stores few bits: exact for numbers of which each group has the two extremes
+    shares: bool = False  # views share memory with the cache
+    cannot: tuple = ()  # operations that raise NotImplementedError
+    error: float = 1e-4  # of a GPT's logits
+    nbytes_grow: bool = False
+
+    def make(self, batch_size=B, max_seq_len=S, num_layers=L, num_heads=H, head_dim=D, **options):
+        return self.factory(batch_size, max_seq_len, num_layers, num_heads, head_dim, **{**self.options, **options})
+
+
+MEMBERS = [
+    Member("KVCache", KVCache, shares=True),
+    Member("KVCache grow", KVCache, {"grow": True}, shares=True, nbytes_grow=True),
+    Member("KVCache float16", KVCache, {"dtype": np.float16}, shares=True, error=0.1),
+    Member("OffloadedKVCache", OffloadedKVCache, shares=True),
+    Member("OffloadedKVCache grow", OffloadedKVCache, {"grow": True}, shares=True, nbytes_grow=True),
+    Member("paged, blocks of 16", paged_kv_cache),
+    Member("paged, blocks of 1", paged_kv_cache, {"block_size": 1}),
+    Member("paged, blocks of 5", paged_kv_cache, {"block_size": 5}),
+]
+every = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def tokens(member, seq_len=3, seed=0, layers=L):
+    """Keys and values (layers, 2, B, H, T, D) that this member can give back bit by bit."""
+    rng, shape = np.random.default_rng(seed), (layers, 2, B, H, seq_len, D)
+    numbers = rng.integers(0, 2, shape) * 255.0 if member.two_values else rng.standard_normal(shape)
+    return numbers.astype(np.float16).astype(np.float32)
+
+
+def update(cache, layer, chunk, n_new=None):
+    """One update, and what attention would report if this cache listens: that all keys were looked at alike."""
+    view = cache.update(layer, *chunk, n_new)
+    if cache.observe is not None:
+        rows, keys = view.pos.shape
+        cache.observe(layer, np.full((rows, 4, chunk.shape[3], keys), 1 / keys, np.float32))
+    return view
+
+
+class Lists:
+    """A cache beside its oracle: stored[layer][row] is a list of tokens, each (2, H, D): a key and a value."""
+
+    def __init__(self, member, cache=None, stored=None):
+        self.member, self.cache = member, member.make() if cache is None else cache
+        self.stored = stored or [[[] for _ in range(B)] for _ in range(L)]
+
+    @property
+    def lengths(self):
+        return [len(row) for row in self.stored[0]]
+
+    def run(self, chunk, n_new=None, layers=range(L)):
+        """One whole pass, every view checked; layers that are left out hold zeros."""
+        counts = [chunk.shape[4]] * B if n_new is None else n_new
+        for layer in layers:
+            self.check_view(layer, update(self.cache, layer, chunk[layer], n_new), chunk[layer], counts)
+        self.cache.advance()
+        for layer in range(L):
+            for row, count in enumerate(counts):
+                new = [chunk[layer][:, row, :, t] * (layer in layers) for t in range(count)]
+                self.stored[layer][row].extend(new)
+        self.check()
+
+    def check_view(self, layer, view, chunk, counts):
+        """Each token that the new ones may look at stands in exactly one slot, and no other number in any."""
+        key, value, pos = view
+        slots = pos.shape[1]
+        assert pos.dtype == np.int64 and pos.shape == (B, slots), f"pos {pos.dtype} {pos.shape}"
+        assert key.shape == value.shape == (B, H, slots, D), f"key {key.shape}, value {value.shape}"
+        assert key.dtype == value.dtype == self.cache.dtype and not key.requires_grad
+        for row, (old, count) in enumerate(zip(self.stored[layer], counts)):
+            known = old + [chunk[:, row, :, t] for t in range(count)]
+            shown = {int(p): slot for slot, p in enumerate(pos[row]) if p >= 0}
+            assert len(shown) == (pos[row] >= 0).sum(), f"row {row}: a position twice in {pos[row].tolist()}"
+            missing = self.visible(len(old), len(known)) - set(shown)
+            assert not missing, f"layer {layer}, row {row}: positions {sorted(missing)} are not shown"
+            assert set(shown) <= set(range(len(known))), f"layer {layer}, row {row}: positions {sorted(shown)}"
+            for p, slot in shown.items():
+                for part, expected in zip((key, value), known[p]):
+                    np.testing.assert_array_equal(part.numpy()[row, :, slot], expected, f"{layer=} {row=} position {p}")
+
+    def visible(self, start, stop):
+        """The positions that the tokens start .. stop - 1 look at."""
+        if self.member.window is None:
+            return set(range(stop))
+        window, sinks = self.member.window
+        return {p for q in range(start, stop) for p in range(q + 1) if q - p < window or p < sinks}
+
+    def check(self):
+        """Lengths; and what get() gives, in every layer."""
+        assert self.cache.seq_lens == self.lengths and self.cache.seq_pos == max(self.lengths)
+        for layer, rows in enumerate(self.stored):
+            expected = np.zeros((2, B, H, max(self.lengths), D), np.float32)
+            for row, known in enumerate(rows):
+                for t, token in enumerate(known):
+                    expected[:, row, :, t] = token
+            parts = self.cache.get(layer)
+            for name, part, numbers in zip(("key", "value"), parts, expected):
+                assert isinstance(part, Tensor) and part.dtype == self.cache.dtype and not part.requires_grad
+                if self.member.window is None:
+                    assert part.shape == numbers.shape, f"get({layer}): {name} {part.shape}, expected {numbers.shape}"
+                    np.testing.assert_array_equal(part.numpy(), numbers, f"get({layer}), {name}")
+
+    def can(self, operation, *arguments):
+        """Whether this member did it; one that cannot must say why, and change nothing."""
+        if operation not in self.member.cannot:
+            getattr(self.cache, operation)(*arguments)
+            return True
+        with pytest.raises(NotImplementedError, match=r"\w+ \w+ \w+"):
+            getattr(self.cache, operation)(*arguments)
+        self.check()
+        return False
+
+
+def started(member, n_new=(5, 3), seed=0):
+    """A cache with one ragged pass, beside its lists."""
+    both = Lists(member)
+    both.run(tokens(member, max(n_new), seed), list(n_new))
+    return both
+
+
+def content(cache):
+    """All that a reader can see of a cache."""
+    layers = [part.numpy().tobytes() for layer in range(cache.num_layers) for part in cache.get(layer)]
+    return layers, cache.seq_lens, cache.nbytes
+
+
+class TestQuestions:
+    @every
+    def test_names_arguments_and_answers(self, member):
+        expected = {
+            "positions": ["n_new"], "update": ["layer_idx", "key", "value", "n_new"], "advance": [], "reset": [],
+            "get": ["layer_idx"], "truncate": ["lengths"], "rollback": ["n"], "reorder": ["row_indices"], "clone": [],
+        }
+        cache = member.make()
+        for name, arguments in expected.items():
+            assert list(inspect.signature(getattr(cache, name)).parameters)[: len(arguments)] == arguments, name
+        assert (cache.seq_pos, cache.seq_lens, cache.pending_layers) == (0, [0] * B, [])
+        assert cache.capacity in (S, None) and type(cache.nbytes) is int and cache.nbytes > 0
+        usage = cache.get_memory_usage()
+        assert usage["total_bytes"] == cache.nbytes and usage["total_mb"] == cache.nbytes / 2**20
+        assert usage["cache_tensors"] == 2 * L
+        assert (cache.batch_size, cache.num_layers, cache.num_heads, cache.head_dim) == (B, L, H, D)
+        assert repr(cache)
+
+    @every
+    def test_positions_are_those_that_the_next_tokens_will_have(self, member):
+        cache = started(member, (4, 1)).cache
+        for asked, expected in ((2, [[4, 5], [1, 2]]), ([2, 1], [[4, 5], [1, -1]]), (1, [[4], [1]])):
+            pos = cache.positions(asked)
+            assert pos.dtype == np.int64 and pos.tolist() == expected
+        pos[...] = 9
+        assert cache.positions(1).tolist() == [[4], [1]] and cache.pending_layers == []
+        for wrong in (-1, True, 1.0, "1", [1], [1, 2, 3]):
+            with pytest.raises(ValueError):
+                cache.positions(wrong)
+
+
+class TestTwoSteps:
+    @every
+    def test_a_view_shows_all_that_the_new_tokens_may_look_at_and_get_what_is_committed(self, member):
+        both = Lists(member)
+        for step, n_new in enumerate(([5, 3], None, [1, 0], [0, 2], [1, 1], [7, 4])):
+            both.run(tokens(member, 1 if n_new is None else max(n_new), step), n_new)
+        assert both.lengths == [15, 11]
+
+    @every
+    def test_what_is_pending_changes_neither_seq_pos_nor_get_nor_a_clone(self, member):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 4, seed=1)):
+            update(both.cache, layer, chunk)
+            both.check()
+        assert both.cache.pending_layers == list(range(L))
+        twin = Lists(member, both.cache.clone(), both.stored)
+        twin.check()
+        assert twin.cache.pending_layers == []
+
+    @every
+    def test_a_pass_that_failed_changes_nothing_and_the_next_one_overwrites_it(self, member):
+        both = started(member)
+        for stop in range(L):
+            for layer, chunk in enumerate(tokens(member, 4, seed=1)[: stop + 1]):
+                update(both.cache, layer, chunk, [4, 2])
+            both.cache.abandon()
+            both.cache.abandon()
+            both.check()
+        both.run(tokens(member, 2, seed=2), [1, 2])
+
+    @every
+    def test_a_pass_that_stopped_at_a_refused_layer_may_be_started_anew(self, member):
+        both, chunk = started(member), tokens(member, 3, seed=1)
+        update(both.cache, 0, chunk[0])
+        with pytest.raises(ValueError):
+            both.cache.update(1, chunk[1][0], chunk[1][1] * np.nan)
+        both.check()
+        both.run(tokens(member, 1, seed=2))
+
+    @every
+    def test_calls_out_of_order_are_errors(self, member):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        with pytest.raises(CacheStateError):
+            both.cache.advance()
+        update(both.cache, 1, chunk[1], [2, 1])
+        for layer, width, n_new in ((1, 2, [2, 1]), (0, 1, [1, 1]), (0, 2, None)):
+            with pytest.raises(CacheStateError):
+                both.cache.update(layer, *chunk[layer][..., :width, :], n_new)
+        both.check()
+        assert both.cache.pending_layers == [1]
+        both.cache.abandon()
+        both.run(chunk, [2, 1])
+
+    @every
+    def test_a_layer_that_was_skipped_reads_as_zeros(self, member):
+        both = started(member)
+        if both.can("rollback", [2, 1]):
+            both.stored = [[row[: len(row) - n] for row, n in zip(rows, (2, 1))] for rows in both.stored]
+            both.check()
+        both.run(tokens(member, 3, seed=1), [3, 2], layers=[1])
+        both.run(tokens(member, 1, seed=2), layers=[0, 2])
+
+    @every
+    def test_strict_refuses_the_skip(self, member):
+        both = Lists(member, member.make(strict=True))
+        update(both.cache, 1, tokens(member)[1])
+        with pytest.raises(CacheStateError, match=r"\[0, 2\]"):
+            both.cache.advance()
+        both.check()
+        both.cache.abandon()
+        both.run(tokens(member))
+
+
+REFUSED = {
+    "rank": lambda k, v: (k[0], v), "batch of 1": lambda k, v: (k[:1], v[:1]), "V of 1": lambda k, v: (k, v[:1]),
+    "heads": lambda k, v: (k[:, :1], v[:, :1]), "head_dim": lambda k, v: (k, v[..., :4]),
+    "K and V of different length": lambda k, v: (k, v[:, :, :1]), "no tokens": lambda k, v: (k[:, :, :0], v[:, :, :0]),
+    "NaN": lambda k, v: (k * np.nan, v), "inf": lambda k, v: (k, v + np.inf), "text": lambda k, v: (k.astype(str), v),
+    "bool": lambda k, v: (k > 0, v), "complex": lambda k, v: (k, v * 1j), "nothing": lambda k, v: (None, None),
+    "too large": lambda k, v: (k, np.full(v.shape, 1e300)), "objects": lambda k, v: (k.astype(object), v),
+}
+
+
+class TestBounds:
+    @every
+    @pytest.mark.parametrize("stored, asked", [((22, 22), [3, 3]), ((24, 2), [1, 0]), ((2, 23), [1, 2])])
+    def test_a_full_cache_names_max_seq_len_and_the_tokens_stored_asked_for_and_free(self, member, stored, asked):
+        both = started(member, stored)
+        if both.cache.capacity is None:
+            return both.run(tokens(member, 3, seed=1), asked)
+        row = next(row for row in range(B) if stored[row] + asked[row] > S)
+        numbers = {S, stored[row], asked[row], S - stored[row]}
+        with pytest.raises(ValueError, match="max_seq_len") as error:
+            both.cache.update(0, *tokens(member, 3, seed=1)[0], asked)
+        assert numbers <= {int(number) for number in re.findall(r"\d+", str(error.value))}, str(error.value)
+        both.check()
+        fits = [min(1, S - length) for length in stored]
+        both.run(tokens(member, 1, seed=2), fits)
+
+    @every
+    @pytest.mark.parametrize("kind", REFUSED)
+    def test_what_does_not_fit_is_refused_with_bytes_unchanged(self, member, kind):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        before = content(both.cache)
+        with pytest.raises(ValueError):
+            both.cache.update(1, *REFUSED[kind](*chunk[1]))
+        assert content(both.cache) == before and both.cache.pending_layers == []
+        both.run(chunk, [2, 1])
+
+    @every
+    @pytest.mark.parametrize("layer", [L, -1, True, "0", 1.0, None])
+    def test_a_layer_index_is_a_whole_number_in_range(self, member, layer):
+        both, chunk = started(member), tokens(member, 1, seed=1)[0]
+        for call in (lambda: both.cache.update(layer, *chunk), lambda: both.cache.get(layer)):
+            with pytest.raises(ValueError, match="layer_idx"):
+                call()
+        both.check()
+
+    @every
+    @pytest.mark.parametrize("n_new", [[3, 1], [1], [1, 1, 1], -1, [1, -1], 1.0, "1", [True, 1]])
+    def test_n_new_counts_tokens_of_the_chunk(self, member, n_new):
+        both = started(member)
+        with pytest.raises(ValueError):
+            both.cache.update(0, *tokens(member, 2, seed=1)[0], n_new)
+        both.check()
+
+    @every
+    @pytest.mark.parametrize("size", range(5))
+    @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
+    def test_sizes_are_whole_numbers(self, member, size, wrong):
+        sizes = [B, S, L, H, D]
+        sizes[size] = wrong
+        with pytest.raises(ValueError):
+            member.make(*sizes)
+
+
+class TestOwnership:
+    @every
+    def test_arrays_passed_in_may_be_changed_afterwards(self, member):
+        both, chunk, n_new = Lists(member), tokens(member, 4), [4, 2]
+        given = chunk.copy()
+        for layer in range(L):
+            view = update(both.cache, layer, given[layer], n_new)
+            given[layer], n_new = 7, list(n_new)
+            both.check_view(layer, view, chunk[layer], [4, 2])
+        n_new[0] = 1
+        both.cache.advance()
+        both.stored = [[list(np.moveaxis(chunk[layer][:, row], 2, 0)[:n]) for row, n in enumerate((4, 2))]
+                       for layer in range(L)]
+        both.check()
+
+    @every
+    def test_nothing_handed_out_is_a_handle_on_the_cache(self, member):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        view = update(both.cache, 0, chunk[0])
+        for array in (*(part.numpy() for part in (view.key, view.value, *both.cache.get(1))), view.pos):
+            if array.flags.writeable:
+                array[...] = 9
+        both.cache.seq_lens[0] = both.cache.pending_layers.append(1) or 5
+        both.cache.get_memory_usage()["total_bytes"] = 0
+        both.check()
+        both.cache.abandon()
+        both.check()
+        assert np.shares_memory(view.key.numpy(), both.cache.get(0)[0].numpy()) == member.shares
+        both.run(chunk, [2, 1])
+
+    @every
+    def test_lists_tensors_and_read_only_arrays_are_taken_and_no_gradient_is_kept(self, member):
+        both, chunk = Lists(member), tokens(member, 2)
+        chunk.flags.writeable = False
+        for layer, wrap in enumerate((np.ndarray.tolist, lambda part: Tensor(part, requires_grad=True), np.asarray)):
+            key, value = (wrap(part) for part in chunk[layer])
+            view = both.cache.update(layer, key, value)
+            if both.cache.observe is not None:
+                both.cache.observe(layer, np.full((B, 4, 2, view.pos.shape[1]), 0.1, np.float32))
+            both.check_view(layer, view, chunk[layer], [2, 2])
+        both.cache.advance()
+        both.stored = [[list(np.moveaxis(chunk[layer][:, row], 2, 0)) for row in range(B)] for layer in range(L)]
+        both.check()
+
+    @every
+    def test_integers_and_wide_floats_are_cast_to_the_storage_dtype(self, member):
+        for given in (np.int8, np.uint64, np.int64, np.float16, np.float64):
+            cache = member.make()
+            ones = np.ones((B, H, 2, D), given)
+            view = update(cache, 0, np.stack([ones, ones + ones]))
+            assert view.key.dtype == view.value.dtype == cache.dtype != np.float64
+            np.testing.assert_array_equal(view.value.numpy()[view.pos[:, None].repeat(H, 1) >= 0], 2)
+
+    @every
+    @pytest.mark.parametrize("copied", [lambda cache: cache.clone(), copy.copy, copy.deepcopy])
+    def test_copies_are_independent(self, member, copied):
+        both = started(member)
+        twin = Lists(member, copied(both.cache), [[list(row) for row in rows] for rows in both.stored])
+        assert type(twin.cache) is type(both.cache) and twin.cache.dtype == both.cache.dtype
+        twin.check()
+        twin.run(tokens(member, 3, seed=1), [1, 3])
+        both.check()
+        both.run(tokens(member, 2, seed=2))
+        twin.check()
+        both.cache.reset()
+        twin.check()
+        twin.run(tokens(member, 1, seed=3))
+
+
+class TestRows:
+    @every
+    @pytest.mark.parametrize("seed", range(4))
+    def test_any_operations_in_any_order_equal_lists(self, member, seed):
+        both, rng = Lists(member), np.random.default_rng(seed)
+        names = ["pass"] * 8 + ["failed", "truncate", "rollback", "reorder", "clone", "reset", "skip"]
+        for step, name in enumerate(rng.choice(names, 40)):
+            getattr(self, "do_" + name)(both, rng, step)
+            both.check()
+            assert both.cache.pending_layers == []
+
+    def chunk(self, both, rng, step):
+        width = int(rng.integers(1, 5))
+        n_new = [min(int(rng.integers(0, width + 1)), S - length) for length in both.lengths]
+        return tokens(both.member, width, seed=step), n_new
+
+    def do_pass(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        both.run(chunk, n_new)
+
+    def do_skip(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        both.run(chunk, n_new, layers=[int(rng.integers(L))])
+
+    def do_failed(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        for layer in rng.permutation(L)[: int(rng.integers(1, L + 1))].tolist():
+            update(both.cache, layer, chunk[layer], n_new)
+        both.cache.abandon()
+
+    def do_truncate(self, both, rng, step):
+        kept = [length - int(rng.integers(0, length // 3 + 1)) for length in both.lengths]
+        if kept != both.lengths and both.can("truncate", kept):
+            both.stored = [[row[:keep] for row, keep in zip(rows, kept)] for rows in both.stored]
+
+    def do_rollback(self, both, rng, step):
+        n = int(rng.integers(0, min(both.lengths) // 2 + 1))
+        if n and both.can("rollback", n):
+            both.stored = [[row[: len(row) - n] for row in rows] for rows in both.stored]
+
+    def do_reorder(self, both, rng, step):
+        indices = rng.integers(0, B, B).tolist()
+        if both.can("reorder", indices):
+            both.stored = [[list(rows[index]) for index in indices] for rows in both.stored]
+
+    def do_clone(self, both, rng, step):
+        old, both.cache = both.cache, both.cache.clone()
+        old.reset()
+        old.close()
+
+    def do_reset(self, both, rng, step):
+        both.cache.reset()
+        both.stored = [[[] for _ in range(B)] for _ in range(L)]
+
+    @every
+    @pytest.mark.parametrize("name, arguments", [
+        ("truncate", [6]), ("truncate", [[5, 4]]), ("truncate", [[5]]), ("truncate", [-1]), ("truncate", [2.0]),
+        ("rollback", [4]), ("rollback", [[6, 0]]), ("rollback", [-1]), ("rollback", [True]), ("rollback", ["1"]),
+        ("reorder", [[0]]), ("reorder", [[0, 2]]), ("reorder", [[0, -1]]), ("reorder", [[0.0, 1]]), ("reorder", [None]),
+    ])
+    def test_rows_that_are_none_and_lengths_that_are_none_are_refused(self, member, name, arguments):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 2, seed=1)[:2]):
+            update(both.cache, layer, chunk)
+        with pytest.raises((ValueError, NotImplementedError)):
+            getattr(both.cache, name)(*arguments)
+        both.check()
+        assert both.cache.pending_layers == [0, 1], "a call that raises changes nothing"
+
+    @every
+    @pytest.mark.parametrize("name, arguments", [("truncate", [[5, 3]]), ("rollback", [0]), ("reorder", [[0, 1]])])
+    def test_what_is_pending_is_dropped_first(self, member, name, arguments):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 2, seed=1)):
+            update(both.cache, layer, chunk)
+        if both.can(name, *arguments):
+            assert both.cache.pending_layers == []
+        both.check()
+        both.cache.abandon()
+        both.run(tokens(member, 1, seed=2), layers=[1])
+
+    @every
+    def test_empty_again_means_as_new(self, member):
+        both = started(member, (22, 9))
+        update(both.cache, 0, tokens(member, 1, seed=1)[0])
+        both.cache.reset()
+        both.stored = [[[] for _ in range(B)] for _ in range(L)]
+        both.check()
+        assert both.cache.pending_layers == []
+        both.run(tokens(member, 8, seed=2), [8, 1], layers=[2])
+
+
+class TestMemory:
+    @every
+    def test_no_growth_during_decoding(self, member):
+        cache = member.make()
+        nbytes = cache.nbytes
+        for step in range(20):
+            for layer, chunk in enumerate(tokens(member, 1, seed=step)):
+                update(cache, layer, chunk)
+            cache.advance()
+        assert (cache.nbytes > nbytes) if member.nbytes_grow else (cache.nbytes == nbytes)
+
+    @every
+    def test_bytes_are_tracked_and_go_back_once(self, member):
+        tracker = MemoryTracker()
+        with pytest.raises(RuntimeError), member.make(tracker=tracker) as cache:
+            assert tracker.usage("kv_cache") == cache.nbytes > 0
+            twin = cache.clone()
+            assert tracker.usage("kv_cache") == cache.nbytes + twin.nbytes
+            twin.close()
+            raise RuntimeError
+        assert tracker.current == 0
+        cache.close()
+        assert tracker.current == 0
+        with pytest.raises(ValueError):
+            cache.update(0, *tokens(member, 1)[0])
+        with pytest.raises(MemoryError, match="1"):
+            member.make(tracker=(small := MemoryTracker(limit_bytes=1)))
+        assert small.current == small.peak == 0
+
+    @every
+    def test_different_layers_may_be_updated_from_different_threads(self, member):
+        both, errors = Lists(member), []
+        for step in range(8):
+            chunk, barrier = tokens(member, 2, seed=step), threading.Barrier(L)
+
+            def work(layer, chunk=chunk, barrier=barrier):
+                try:
+                    barrier.wait()
+                    view = update(both.cache, layer, chunk[layer], [2, 1])
+                    both.check_view(layer, view, chunk[layer], [2, 1])
+                except BaseException as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(layer,)) for layer in range(L)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not errors, errors[0]
+            both.cache.advance()
+            for layer, row in np.ndindex(L, B):
+                both.stored[layer][row].extend(chunk[layer][:, row, :, t] for t in range(2 - row))
+            both.check()
+
+
+def dense_gpt(model, ids, window=None):
+    """Logits (T, V) of one row of a GPT in float64, every layer under the explicit mask of (window, sinks)."""
+    weights = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+    heads, shared, t = model.num_heads, model.num_kv_heads, np.arange(len(ids))
+    back, (width, sinks) = t[:, None] - t, window or (len(ids), 0)
+    mask = np.where((back >= 0) & ((back < width) | (t < sinks)), 0, -np.inf)
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["token_embedding.weight"][ids] + weights["position_embedding.weight"][t]
+    for i in range(model.num_layers):
+        packed = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv_proj")
+        query, key, value = np.split(packed.reshape(len(t), heads + 2 * shared, -1), [heads, heads + shared], axis=1)
+        key, value = (part.repeat(heads // shared, axis=1) for part in (key, value))  # (T, H, D)
+        scores = np.exp(np.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5 + mask)
+        mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), value)
+        x = x + linear(mixed.reshape(len(t), -1), f"blocks.{i}.attention.out_proj")
+        up = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.up_proj")
+        up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        x = x + linear(up, f"blocks.{i}.mlp.down_proj")
+    return norm(x, "norm") @ weights["token_embedding.weight"].T
+
+
+def parts_of(model):
+    return [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
+
+
+class TestThroughAModel:
+    @every
+    @pytest.mark.parametrize("chunk", [None, 1, 4])
+    def test_ragged_prompts_in_chunks_then_tokens_equal_each_row_alone(self, member, chunk):
+        model, ids = random_gpt(), np.random.default_rng(0).integers(0, 64, (B, 16))
+        cache, lengths = member.make(), [9, 5]
+        logits = prefill(model, ids[:, :9], cache, chunk, n_new=lengths).numpy()
+        assert logits.shape == (B, 9, 64) and cache.seq_lens == lengths
+        rows = [list(ids[row, :length]) for row, length in enumerate(lengths)]
+        got = [list(logits[row, :length]) for row, length in enumerate(lengths)]
+        for width in (1, 3, 1):
+            piece = ids[:, 9 : 9 + width]
+            for row, new in enumerate(model(piece, cache=cache).numpy()):
+                rows[row] += list(piece[row])
+                got[row] += list(new)
+        for row, text in enumerate(rows):
+            expected = dense_gpt(model, text, member.window)
+            assert np.shape(got[row]) == expected.shape
+            error = np.abs(np.array(got[row]) - expected).max(axis=1)
+            assert error.max() < member.error, f"row {row}, per token: {error.round(4).tolist()}"
+
+    @every
+    def test_generate_gives_the_tokens_of_the_run_without_a_cache(self, member):
+        model, prompt = random_gpt(), [[1, 2, 3, 4], [9, 8, 7, 6]]
+        if member.window is None:
+            expected = model.generate(prompt, 12)
+        else:
+            expected = copy.deepcopy(prompt)
+            for row in expected:
+                for _ in range(12):
+                    row.append(int(dense_gpt(model, row, member.window)[-1].argmax()))
+        cache = member.make()
+        for _ in range(2):  # a cache that holds another text is reset
+            assert model.generate(prompt, 12, cache=cache) == expected
+            assert cache.seq_lens == [15, 15]
+
+    @every
+    def test_a_model_takes_any_member_by_factory_or_ready_made_and_gives_its_own_parts_back(self, member):
+        model, ids = random_gpt(), np.arange(12).reshape(B, 6)
+        plain, parts = model(ids).numpy().copy(), parts_of(model)
+        made = enable_kv_cache(model, factory=member.factory, batch_size=B, max_seq_len=S, **member.options)
+        assert model._kv_cache is made and model._cache_enabled is True
+        assert (made.batch_size, made.num_layers, made.num_heads, made.head_dim) == (B, L, H, D)
+        for cache in (made, member.make()):
+            assert enable_kv_cache(model, cache=cache) is cache
+            got = np.concatenate([model(ids[:, :4]).numpy(), model(ids[:, 4:]).numpy()], axis=1)
+            assert cache.seq_lens == [6, 6] and got.shape == plain.shape
+            for row, text in enumerate(ids):
+                np.testing.assert_allclose(got[row], dense_gpt(model, text, member.window), atol=member.error)
+        disable_kv_cache(model)
+        assert all(part is old for part, old in zip(parts_of(model), parts, strict=True))
+        np.testing.assert_array_equal(model(ids).numpy(), plain)
+
+    @every
+    def test_training_steps_around_the_cache(self, member):
+        model, ids = random_gpt(), np.arange(8).reshape(B, 4)
+        enable_kv_cache(model, cache=(cache := member.make()))
+        model.train()
+        model(ids)
+        assert cache.seq_pos == 0 and cache.pending_layers == []
+        with pytest.raises(RuntimeError):
+            model(ids, cache=member.make())
+
+    @every
+    def test_a_forward_that_fails_in_the_middle_leaves_the_cache_as_it_was(self, member):
+        model, ids = random_gpt(), np.random.default_rng(1).integers(0, 64, (B, 7))
+        cache = enable_kv_cache(model, cache=member.make())
+        with no_grad():
+            model(ids[:, :4])
+            before, healthy, model.blocks[1].mlp = content(cache), model.blocks[1].mlp, None
+            with pytest.raises(TypeError):
+                model(ids[:, 4:])
+            assert content(cache) == before
+            model.blocks[1].mlp = healthy
+            got = model(ids[:, 4:]).numpy()
+        for row in range(B):
+            expected = dense_gpt(model, ids[row], member.window)[4:]
+            np.testing.assert_allclose(got[row], expected, atol=member.error)
+
+    @every
+    def test_a_saved_cache_goes_on_bit_by_bit_or_says_why_it_cannot(self, member, tmp_path):
+        model, ids, path = random_gpt(), np.arange(12).reshape(B, 6), tmp_path / "cache"
+        prefill(model, ids, cache := member.make(), n_new=[6, 4])
+        before = content(cache)
+        if "save" in member.cannot:
+            for call in (lambda: save_cache(cache, path), lambda: load_cache(path, cache)):
+                with pytest.raises(NotImplementedError, match="does not keep each token as it came"):
+                    call()
+            assert content(cache) == before and not path.exists()
+            return
+        save_cache(cache, path)
+        loaded = load_cache(path, started(member, (8, 7)).cache)
+        assert content(loaded)[:2] == before[:2]
+        got, expected = (model(ids[:, :2], cache=each).numpy() for each in (loaded, cache))
+        np.testing.assert_array_equal(got, expected)
