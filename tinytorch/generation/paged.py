@@ -264,8 +264,8 @@ class BlockTables:
             raise OutOfBlocks(
                 f"{sum(counts)} more tokens of sequences {list(seqs)} need {needed} blocks, {self.num_free()} of "
                 f"num_blocks={self.num_blocks} are free: finish or truncate a sequence, or make a larger pool")
-        for sequence, n, copy, more in zip(sequences, counts, copies, fresh):
-            sequence.pending = self._extend(sequence, n, copy, more)
+        for sequence, n, copies_last, more in zip(sequences, counts, copies, fresh):
+            sequence.pending = self._extend(sequence, n, copies_last, more)
         return [(s.pending.left, s.pending.taken[0]) for s in sequences if s.pending.left is not None]
 
     def blocks_for(self, seqs, counts):
@@ -280,11 +280,11 @@ class BlockTables:
         fresh = [blocks_needed(s.length + n, size) - len(s.blocks) for s, n in zip(sequences, counts)]
         return must_copy(last, holders), fresh
 
-    def _extend(self, sequence, n, copy, more):
+    def _extend(self, sequence, n, copies_last, more):
         """The reservation of n tokens: new blocks behind, and the last one replaced by a copy where it must be."""
         blocks, left = list(sequence.blocks), None
-        taken = [self.blocks.take() for _ in range(copy + more)]
-        if copy:
+        taken = [self.blocks.take() for _ in range(copies_last + more)]
+        if copies_last:
             left = blocks.pop()
             self._leaving[left] += 1
         elif n and sequence.length % self.block_size:
@@ -343,7 +343,7 @@ class BlockTables:
         return list(self._sequences)
 
     def _sequence(self, seq):
-        whole_number("seq", seq, least=0)
+        seq = seq if type(seq) is int else whole_number("seq", seq, least=0)  # True is no sequence
         if seq not in self._sequences:
             raise ValueError(f"sequence {seq} is not live: add_sequence and fork give ids, finish_sequence ends them")
         return self._sequences[seq]
@@ -387,12 +387,10 @@ class BlockStore:
         self._slots[layer_idx][:, :, slots] = 0
 
     def read(self, layer_idx, tables):
-        """Key and value of one layer through tables (B, n), as one new array (2, H_kv, B, n * block_size, D)."""
+        """Key and value of one layer through tables (B, n), gathered: (2, H_kv, B, n * block_size, D)."""
         layer = self.array[layer_idx]  # (2, H_kv, num_blocks, block_size, D)
-        _, num_heads, _, block_size, head_dim = layer.shape
-        out = np.empty((2, num_heads, *tables.shape, block_size, head_dim), self.dtype)
-        np.take(layer, tables, axis=2, out=out, mode="clip")  # "clip": without it, NumPy fills a second buffer
-        return out.reshape(2, num_heads, len(tables), -1, head_dim)
+        gathered = np.take(layer, tables, axis=2)  # (2, H_kv, B, n, block_size, D)
+        return gathered.reshape(2, layer.shape[1], len(tables), -1, layer.shape[4])
 
     def copy(self, pairs):
         """Copy whole blocks, (source, target) each, in every layer."""
