@@ -1,10 +1,21 @@
-"""Cache compression: caches that stay small: windows, fewer bits, and a place on disk.
+"""Cache compression: caches that stay small: windows and sinks, eviction, fewer bits, a file.
 
 Lesson 22_cache_compression. Built from src/22_cache_compression/22_cache_compression.py by `tito dev build`: change it there, not here.
 """
 
 __all__ = [
     "PendingKVCache",
+    "ring_slots",
+    "survivors",
+    "gone_positions",
+    "SlotKVCache",
+    "SlidingWindowKVCache",
+    "inside_positions",
+    "rotate",
+    "attention_received",
+    "who_stays",
+    "change_tenants",
+    "HeavyHitterKVCache",
     "cache_state",
     "state_problem",
     "require_tokens",
@@ -19,22 +30,29 @@ __all__ = [
 
 
 # %% cell 2
+# One family, one file: longer than its neighbours, so that its members can be read side by side.
+import math
+import os
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
 from tinytorch.core.attention import visible_mask
 from tinytorch.core.tensor import Tensor
+from tinytorch.core.training import load_checkpoint, save_checkpoint
 from tinytorch.generation.kv_cache import (
     CacheDoor,
     CacheLedger,
     CacheRows,
+    CacheStateError,
     KVCache,
     KVCacheConfig,
     KVStore,
     KVView,
     LayerKVCache,
     check_tokens,
+    kv_cache_bytes,
     next_positions,
     per_row,
     random_gpt,
@@ -43,7 +61,7 @@ from tinytorch.generation.kv_cache import (
 )
 
 
-# %% cell 3
+# %% cell 7 (22-view)
 class PendingKVCache(KVStore, CacheDoor, CacheRows):
     """A cache that keeps an open pass aside, exactly as it came, and takes it in when it is committed.
 
@@ -54,27 +72,38 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         _forget(kept, stored), _gather(rows), reset, clone    as in lesson 17
     """
 
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self._pending = {}  # layer -> (key, value) of the open pass
+
     def update(self, layer_idx, key, value, n_new=None):
         """As in KVCache; the view holds copies, so it stays what it was."""
         with self._lock:
             layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
         self._pending[layer_idx] = key.copy(), value.copy()
         old_key, old_value, old_pos = self._resident(layer_idx)
-        new_pos = next_positions(self._ledger.lengths, n_new, key.shape[2])
-        return KVView(
-            Tensor(np.concatenate([old_key, key], axis=2)), Tensor(np.concatenate([old_value, value], axis=2)),
-            np.concatenate([old_pos, new_pos], axis=1),
-        )
+        new_pos = self.positions(n_new, key.shape[2])
+        key = np.concatenate([old_key, key], axis=2)
+        value = np.concatenate([old_value, value], axis=2)
+        pos = np.concatenate([old_pos, new_pos], axis=1)
+        return KVView(Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype), pos)
 
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed."""
         self._pending.clear()
         self._ledger.close_pass()
 
+    def close(self):
+        self._pending.clear()
+        super().close()
+
     def get(self, layer_idx):
         """What one layer still holds of its committed tokens, key and value (B, H_kv, R, D); empty slots are zero."""
         key, value, _ = self._resident(self._layer(layer_idx))
-        return Tensor(key), Tensor(value)
+        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
+
+    def _open_pass(self, lengths):
+        """Nothing to find: room is made when the pass is committed."""
 
     def _keep_pass(self):
         n_new, seq_len = self._ledger.n_new, self._ledger.seq_len
@@ -84,16 +113,368 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         self._pending.clear()
 
 
-# %% cell 9
-import math
-import os
-import tempfile
+# %% cell 11 (22-ring)
+def ring_slots(positions, sinks, ring):
+    """The slot of each position, as an array: the first `sinks` have slots of their own, the others share a ring.
 
-from tinytorch.core.training import load_checkpoint, save_checkpoint
-from tinytorch.generation.kv_cache import CacheStateError
+    >>> ring_slots([0, 1, 2, 5, 6, 9, 10], sinks=2, ring=4).tolist()
+    [0, 1, 2, 5, 2, 5, 2]
+    """
+    positions = np.asarray(positions)
+    return np.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
 
 
-# %% cell 11 (22-state)
+# %% cell 14 (22-chunk)
+def survivors(start, count, sinks, ring):
+    """Which of a row's `count` new tokens, the first at position `start`, are kept at the commit: their chunk indices.
+
+    >>> survivors(3, 6, sinks=2, ring=4).tolist(), survivors(0, 9, sinks=2, ring=4).tolist()
+    ([2, 3, 4, 5], [0, 1, 5, 6, 7, 8])
+    """
+    positions = start + np.arange(count)
+    return np.flatnonzero((positions < sinks) | (positions >= start + count - ring))
+
+
+# %% cell 17 (22-rollback)
+def gone_positions(resident, kept, window, sinks):
+    """The positions, in order, that the next token at position `kept` would see if they were not gone; [] if none.
+
+    resident: a set of positions.
+
+    >>> gone_positions({5, 6, 7, 8}, 7, window=3, sinks=0), gone_positions({5, 6, 7, 8}, 6, window=3, sinks=0)
+    ([], [4])
+    """
+    seen = [position for position in range(kept) if position < sinks or position > kept - window]
+    return [position for position in seen if position not in resident]
+
+
+# %% cell 23
+class SlotKVCache(PendingKVCache):
+    """A cache of a fixed number of slots, whatever the text: `_pos` (L, B, slots) says which token stands where.
+
+    max_seq_len bounds the positions, as in KVCache; None: no bound. Its memory does not depend on it.
+    """
+
+    def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
+                 dtype=np.float32, strict=False, tracker=None):
+        length = 1 if max_seq_len is None else max_seq_len  # only checked: the slots are counted by _first_slots
+        super().__init__(batch_size, length, num_layers, num_heads, head_dim,
+                         dtype=dtype, strict=strict, tracker=tracker)
+        self.max_seq_len = None if max_seq_len is None else self.max_seq_len
+
+    def _allocate(self, num_slots):
+        super()._allocate(num_slots)
+        self._pos = np.full((self.num_layers, self.batch_size, num_slots), -1)
+
+    def residents(self, layer_idx=0):
+        """The positions that are kept, in order: (B, R), R those of the fullest row; -1 behind a shorter one."""
+        pos = self._pos[self._layer(layer_idx)]
+        return np.take_along_axis(pos, self._order(pos), axis=1)
+
+    def get(self, layer_idx):
+        """Key and value (B, H_kv, R, D) of one layer's `residents`, in the order of their positions; else zero."""
+        layer = self._layer(layer_idx)
+        order = self._order(self._pos[layer])
+        key, value = (np.stack([part[row][:, slots] for row, slots in enumerate(order)]) for part in self._store[layer])
+        return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
+
+    def reset(self):
+        """Empty again: no bytes, no lengths, nothing pending."""
+        self._store[...], self._pos[...], self._ledger = 0, -1, CacheLedger(self.batch_size)
+        self.abandon()
+
+    def clone(self):
+        """An independent copy of what is committed."""
+        twin = type(self)(self.batch_size, self.max_seq_len, self.num_layers, self.num_heads, self.head_dim,
+                          dtype=self.dtype, **self._options())
+        twin._store[...], twin._pos[...], twin._ledger.lengths = self._store, self._pos, self.seq_lens
+        return twin
+
+    @property
+    def config(self):
+        """A KVCacheConfig of as many tokens as there are slots: its calculate_size() is our nbytes."""
+        return KVCacheConfig(self.num_layers, self._store.shape[4], self.num_heads, self.head_dim, self.batch_size,
+                             self.dtype)
+
+    def get_memory_usage(self):
+        """Bytes of keys and values, those in use, and (not among them) those of the notes that we keep beside them."""
+        used = kv_cache_bytes(1, self.num_heads, self.head_dim, int((self._pos >= 0).sum()), self.dtype.itemsize)
+        return {**super().get_memory_usage(), "used_bytes": used, "bookkeeping_bytes": self._notes_nbytes()}
+
+    def _options(self):
+        return {"strict": self.strict, "tracker": self._tracker}
+
+    def _notes_nbytes(self):
+        return self._pos.nbytes
+
+    def _used(self):
+        """Slots that were ever taken: they are taken from the left."""
+        return min(self._store.shape[4], self.seq_pos)
+
+    def _resident(self, layer_idx):
+        used = self._used()
+        key, value = self._store[layer_idx, :, :, :, :used]
+        return key, value, self._pos[layer_idx, :, :used]
+
+    def _order(self, pos):
+        """The slots of each row by their positions, the empty ones last: (B, R)."""
+        order = np.where(pos < 0, np.iinfo(pos.dtype).max, pos).argsort(axis=1, kind="stable")
+        return order[:, : (pos >= 0).sum(axis=1).max()]
+
+    def _put(self, layer_idx, row, slots, key, value, positions):
+        """Put tokens of one row, key and value (H, K, D), into K slots."""
+        self._store[layer_idx, 0, row][:, slots], self._store[layer_idx, 1, row][:, slots] = key, value
+        self._pos[layer_idx, row, slots] = positions
+
+    def _forget(self, kept, stored):
+        for row, keep in enumerate(kept):
+            layers, slots = np.nonzero(self._pos[:, row] >= keep)
+            self._store[layers, :, row, :, slots], self._pos[layers, row, slots] = 0, -1
+
+    def _gather(self, rows):
+        self._store[...], self._pos[...] = self._store[:, :, rows], self._pos[:, rows]
+
+
+# %% cell 24
+class SlidingWindowKVCache(SlotKVCache):
+    """The newest `window` tokens and the first `sinks`, in memory that never grows.
+
+    A token sees itself, the window - 1 before it, and the sinks. update() shows all that is held and the whole chunk,
+    of whatever length; the commit evicts. Positions and lengths go on counting. What was rolled back comes again, or
+    the rollback is refused: after eviction has begun, spare + 1 tokens are always forgiven. renumber=True counts
+    positions inside the cache (see A5). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023, section 3.
+
+    >>> cache = SlidingWindowKVCache(1, None, 1, 1, 1, window=3, sinks=1)
+    >>> for _ in range(5):
+    ...     view = cache.update(0, np.ones((1, 1, 2, 1)), np.ones((1, 1, 2, 1)))
+    ...     cache.advance()
+    >>> cache.seq_lens, cache.residents().tolist(), cache.nbytes
+    ([10], [[0, 7, 8, 9]], 32)
+    """
+
+    def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, window, sinks=0, *,
+                 spare=0, renumber=False, dtype=np.float32, strict=False, tracker=None):
+        self.window, self.sinks = whole_number("window", window), whole_number("sinks", sinks, least=0)
+        self.spare, self.renumber = whole_number("spare", spare, least=0), bool(renumber)
+        self._ring = self.window + self.spare
+        super().__init__(batch_size, max_seq_len, num_layers, num_heads, head_dim,
+                         dtype=dtype, strict=strict, tracker=tracker)
+
+    def positions(self, n_new, seq_len=None):
+        """The positions (B, T) of the next tokens; with renumber=True, those inside the cache."""
+        return self._numbered(super().positions(n_new, seq_len))
+
+    def check_model(self, model):
+        """ValueError for renumber=True on a model whose keys carry their position before they are stored."""
+        if self.renumber and not getattr(model, "keys_before_rotation", False):
+            raise ValueError(
+                f"renumber=True needs keys without a position, rotated after they are read: {type(model).__name__} "
+                "stores keys that carry theirs. Use renumber=False (a model that rotates later says so by "
+                "keys_before_rotation = True)")
+
+    def _options(self):
+        return {**super()._options(), "window": self.window, "sinks": self.sinks, "spare": self.spare,
+                "renumber": self.renumber}
+
+    def _first_slots(self):
+        return self.sinks + self._ring
+
+    def _resident(self, layer_idx):
+        key, value, pos = super()._resident(layer_idx)
+        return key, value, self._numbered(pos)
+
+    def _numbered(self, pos):
+        return inside_positions(pos, self._ledger.lengths, self.window, self.sinks) if self.renumber else pos
+
+    def _take_in(self, layer_idx, key, value, n_new):
+        for row, (start, count) in enumerate(zip(self._ledger.lengths, n_new)):
+            stay = survivors(start, count, self.sinks, self._ring)
+            slots = ring_slots(start + stay, self.sinks, self._ring)
+            self._put(layer_idx, row, slots, key[row][:, stay], value[row][:, stay], start + stay)
+
+    def _forget(self, kept, stored):
+        for row, (keep, have) in enumerate(zip(kept, stored)):
+            gone = gone_positions(set(self._pos[0, row].tolist()), keep, self.window, self.sinks)
+            if gone:
+                raise ValueError(
+                    f"row {row} cannot go back from {have} tokens to {keep}: the next one would see positions {gone}, "
+                    f"and the window has let them go. A cache with more spare= slots forgives more: this one has "
+                    f"spare={self.spare}, which forgives {self.spare + 1}; this asks for {have - keep}.")
+        super()._forget(kept, stored)
+
+
+def inside_positions(pos, lengths, window, sinks):
+    """Positions (B, S), -1 where empty, counted inside the cache: sinks first, then what the next token still sees.
+
+    lengths: tokens of each row so far. A token behind the sinks that nobody will see again counts as empty.
+
+    >>> inside_positions(np.array([[0, 1, 5, 6, 7, 8, 9]]), [8], window=3, sinks=2).tolist()
+    [[0, 1, -1, 2, 3, 4, 5]]
+    """
+    shift = np.maximum(np.array(lengths)[:, None] - (sinks + window - 1), 0)
+    inside = np.where(pos < sinks, pos, pos - shift)
+    return np.where((pos >= sinks) & (inside < sinks), -1, inside)
+
+
+# %% cell 30
+def rotate(x, positions, base=10000.0):
+    """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
+
+    Number i of the first half and number i of the second are one pair, turned by position * base ** (-2i / D).
+    Source: Su et al. 2021, section 3.2; the halves as in Llama's code.
+    """
+    half = x.shape[-1] // 2
+    if x.shape[-1] != 2 * half:
+        raise ValueError(f"x has {x.shape[-1]} numbers per head: rotary positions turn pairs, so D must be even")
+    angle = np.asarray(positions)[:, None, :, None] * base ** (-np.arange(half) / half)  # (B, 1, T, D/2)
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# %% cell 34 (22-received)
+def attention_received(weights, n_new):
+    """What each key received from all heads and all valid queries together: (B, H, T, S) -> (B, S), float64.
+
+    n_new: valid queries of each row; the others are padding.
+
+    >>> weights = np.array([[[[0.7, 0.1, 0.2, 0.0], [0.6, 0.0, 0.1, 0.3]]]])
+    >>> attention_received(weights, [2]).round(6).tolist(), attention_received(weights, [1]).round(6).tolist()
+    ([[1.3, 0.1, 0.3, 0.3]], [[0.7, 0.1, 0.2, 0.0]])
+    """
+    valid = np.arange(weights.shape[2]) < np.array(n_new)[:, None]  # (B, T)
+    return np.where(valid[:, None, :, None], weights, 0).sum(axis=(1, 2), dtype=np.float64)
+
+
+# %% cell 37 (22-evict)
+def who_stays(pos, score, budget, recent):
+    """Indices, sorted, of the `recent` newest tokens and the best of the rest by score: at most `budget` together.
+
+    pos, score: (N,) arrays; pos -1 is no token. recent <= budget.
+
+    >>> who_stays(np.array([0, 1, 2, 3]), np.array([1.3, 0.1, 0.3, 0.3]), budget=3, recent=1).tolist()
+    [0, 2, 3]
+    """
+    by_age = np.argsort(pos, kind="stable")[(pos < 0).sum() :]  # indices of the tokens, oldest first
+    older, newest = by_age[: max(len(by_age) - recent, 0)], by_age[max(len(by_age) - recent, 0) :]
+    best = older[np.argsort(-score[older], kind="stable")]
+    return np.sort(np.concatenate([best[: budget - len(newest)], newest]))
+
+
+def change_tenants(pos, score, stays, new_pos, new_score):
+    """Let the newcomers that stay into the slots of those that go, in place; return (slots, which newcomers).
+
+    pos, score: the slots' (S,), changed here. stays: indices from who_stays; from S on they mean newcomers.
+    """
+    taken = stays[stays < len(pos)]
+    newcomers = stays[stays >= len(pos)] - len(pos)
+    slots = np.setdiff1d(np.arange(len(pos)), taken)[: len(newcomers)]
+    pos[slots], score[slots] = new_pos[newcomers], new_score[newcomers]
+    return slots, newcomers
+
+
+# %% cell 40
+class HeavyHitterKVCache(SlotKVCache):
+    """`budget` tokens per layer and row: the `recent` newest (default: half), and those that received most attention.
+
+    For attention that reports: observe(layer_idx, weights) between update and advance, as CachedAttention.attend does.
+    Eviction at the commit only; with a budget as large as the text nothing is evicted. A row can be truncated to 0, or
+    not at all: NotImplementedError. Source: Zhang et al. 2023, section 4; they choose per head, we per layer.
+    """
+
+    def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, budget, recent=None, *,
+                 dtype=np.float32, strict=False, tracker=None):
+        self.budget = whole_number("budget", budget)
+        self.recent = max(1, self.budget // 2) if recent is None else whole_number("recent", recent)
+        if self.recent > self.budget:
+            raise ValueError(f"recent={recent} tokens are to be safe, and budget={budget} are kept: recent <= budget")
+        self._observed = {}  # layer -> (B, S): what the keys of the open pass's view received
+        super().__init__(batch_size, max_seq_len, num_layers, num_heads, head_dim,
+                         dtype=dtype, strict=strict, tracker=tracker)
+
+    def observe(self, layer_idx, weights):
+        """Who looked where: weights (B, H, T, S) over the S keys of the view that this layer's update returned."""
+        layer = self._layer(layer_idx)
+        if layer not in self._pending or layer in self._observed:
+            raise CacheStateError(f"observe({layer}) comes once, between this layer's update() and advance()")
+        weights = np.asarray(weights.data if isinstance(weights, Tensor) else weights)
+        needed = (self.batch_size, "H", self._ledger.seq_len, self._used() + self._ledger.seq_len)
+        if weights.ndim != 4 or (weights.shape[0], "H", *weights.shape[2:]) != needed:
+            raise ValueError(f"weights have shape {weights.shape}, needed (batch, heads, queries, keys) = {needed}")
+        if weights.dtype.kind != "f" or not np.isfinite(weights).all():
+            raise ValueError("attention weights must be finite numbers: nothing was counted")
+        self._observed[layer] = attention_received(weights, self._ledger.n_new)
+
+    def scores(self, layer_idx=0):
+        """The attention that each of `residents` has received, (B, R); 0 where there is none."""
+        layer = self._layer(layer_idx)
+        return np.take_along_axis(self._score[layer], self._order(self._pos[layer]), axis=1)
+
+    def abandon(self):
+        """Drop what is pending, and what was observed of it."""
+        self._observed.clear()
+        super().abandon()
+
+    def reset(self):
+        """Empty again: no bytes, no scores, no lengths, nothing pending."""
+        super().reset()
+        self._score[...] = 0
+
+    def clone(self):
+        """An independent copy of what is committed."""
+        twin = super().clone()
+        twin._score[...] = self._score
+        return twin
+
+    def _allocate(self, num_slots):
+        super()._allocate(num_slots)
+        self._score = np.zeros(self._pos.shape)
+
+    def _first_slots(self):
+        return self.budget
+
+    def _options(self):
+        return {**super()._options(), "budget": self.budget, "recent": self.recent}
+
+    def _notes_nbytes(self):
+        return self._pos.nbytes + self._score.nbytes
+
+    def _keep_pass(self):
+        unseen = [layer for layer in self.pending_layers if layer not in self._observed]
+        if unseen:
+            raise CacheStateError(
+                f"layers {unseen} were updated and nobody observed their attention: whoever attends must call "
+                "observe(layer_idx, weights) before advance(); a CachedAttention does it in self.attend")
+        super()._keep_pass()
+        self._observed.clear()
+
+    def _take_in(self, layer_idx, key, value, n_new):
+        used = self._used()
+        received = self._observed.get(layer_idx, np.zeros((self.batch_size, used + key.shape[2])))
+        for row, (start, count) in enumerate(zip(self._ledger.lengths, n_new)):
+            pos, score = self._pos[layer_idx, row], self._score[layer_idx, row]
+            score[:used] += received[row, :used]
+            new_pos, new_score = start + np.arange(count), received[row, used : used + count]
+            stays = who_stays(np.append(pos, new_pos), np.append(score, new_score), self.budget, self.recent)
+            slots, newcomers = change_tenants(pos, score, stays, new_pos, new_score)
+            self._put(layer_idx, row, slots, key[row][:, newcomers], value[row][:, newcomers], new_pos[newcomers])
+
+    def _forget(self, kept, stored):
+        for row, (keep, have) in enumerate(zip(kept, stored)):
+            if 0 < keep < have:
+                raise NotImplementedError(
+                    f"row {row} cannot go back from {have} tokens to {keep}: what the later ones looked at is in the "
+                    "scores, and what they drove out is gone. clone() before you try tokens, truncate to 0, or use "
+                    "SlidingWindowKVCache(spare=...)")
+        super()._forget(kept, stored)
+        self._score[self._pos < 0] = 0
+
+    def _gather(self, rows):
+        super()._gather(rows)
+        self._score[...] = self._score[:, rows]
+
+
+# %% cell 49 (22-state)
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
@@ -108,7 +489,7 @@ def cache_state(cache):
     }
 
 
-# %% cell 14 (22-state-problem)
+# %% cell 52 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
     if set(state) != {"key", "value", "lengths"}:
@@ -131,7 +512,7 @@ def state_problem(state, cache):
     return None
 
 
-# %% cell 18
+# %% cell 56
 def require_tokens(cache):
     """NotImplementedError for a cache that compresses or forgets what it was given."""
     if isinstance(cache, PendingKVCache):
@@ -150,7 +531,7 @@ def save_cache(cache, path):
     save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
 
 
-# %% cell 19
+# %% cell 57
 def cache_for(state, metadata, path):
     """An empty KVCache of the sizes that a file names."""
     shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
@@ -193,7 +574,7 @@ def load_cache(path, cache=None):
     return cache
 
 
-# %% cell 23
+# %% cell 61
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):

@@ -456,6 +456,9 @@ class CacheDoor:
             self._keep_pass()
         self._ledger.commit()
 
+    def check_model(self, model):
+        """Called before the cache joins a model, to raise where it would be wrong there; lesson 22 renumbers tokens."""
+
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
         return attached(model, self, n_new)
@@ -506,7 +509,7 @@ class CacheDoor:
 class CacheRows:
     """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
 
-    Each of these drops what is pending first, and changes nothing when it raises.
+    Each of these drops what is pending, and changes nothing when it raises.
     """
 
     def truncate(self, lengths):
@@ -515,8 +518,8 @@ class CacheRows:
         for row, (have, keep) in enumerate(zip(stored, kept)):
             if keep > have:
                 raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+        self._forget(kept, stored)  # first: a cache that cannot forget these says so here, and nothing has changed
         self.abandon()
-        self._forget(kept, stored)
         self._ledger.lengths = kept
 
     def rollback(self, n):
@@ -771,6 +774,7 @@ def attach(model, cache, n_new=None):
     if heads != stored:
         raise ValueError(f"the model stores {heads[0]} key-value heads of {heads[1]}, the cache has room for "
                          f"{stored[0]} of {stored[1]}")
+    cache.check_model(model)
     parts = end_parts(model, cache, n_new) + attention_parts(model, cache, n_new)
     for *_, part in parts:
         part.owner["model"] = model  # in a dict: a module among the attributes would be walked, round and round
