@@ -708,6 +708,7 @@ class PagedRows(CacheDoor, CacheRows):
         return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
 
     def _forget(self, kept, stored):
+        self.abandon()  # a pool cuts no sequence with an open pass
         for seq, length in zip(self.seqs, kept):
             self.pool.truncate(seq, length)
 
