@@ -16,6 +16,7 @@ import pytest
 
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor
+from tinytorch.generation import kv_cache, paged
 from tinytorch.generation.cache_compression import (
     HeavyHitterKVCache,
     OffloadedKVCache,
@@ -32,20 +33,20 @@ from tinytorch.generation.kv_cache import (
     prefill,
     random_gpt,
 )
-from tinytorch.generation.paged import paged_kv_cache
+from tinytorch.generation.paged import PagedKVCache, paged_kv_cache
 
 B, S, L, H, D = 2, 24, 3, 2, 8  # what random_gpt() stores, for two rows
 
 
 @dataclass(frozen=True)
 class Member:
-    """A cache of the family and what it cannot do. `options` go to the factory beside the sizes."""
+    """A cache of the family, and what it cannot do. `options` go to the factory beside the sizes."""
 
     name: str
     factory: Any
     options: dict = field(default_factory=dict)
     window: Any = None  # (window, sinks) that is shorter than the text: then not every token is shown
-    two_values: bool = False  # stores few bits: exact for numbers of which each group has the two extremes
+    values: Any = None  # stores few bits: what it is given holds two values, for which the step of a group is exact
     shares: bool = False  # views share memory with the cache
     cannot: tuple = ()  # operations that raise NotImplementedError
     error: float = 1e-4  # of a GPT's logits
@@ -76,7 +77,7 @@ every = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.nam
 def tokens(member, seq_len=3, seed=0, layers=L):
     """Keys and values (layers, 2, B, H, T, D) that this member can give back bit by bit."""
     rng, shape = np.random.default_rng(seed), (layers, 2, B, H, seq_len, D)
-    numbers = rng.integers(0, 2, shape) * 255.0 if member.two_values else rng.standard_normal(shape)
+    numbers = rng.standard_normal(shape) if member.values is None else rng.choice(member.values, shape)
     return numbers.astype(np.float16).astype(np.float32)
 
 
@@ -219,6 +220,18 @@ class TestTwoSteps:
         for step, n_new in enumerate(([5, 3], None, [1, 0], [0, 2], [1, 1], [7, 4])):
             both.run(tokens(member, 1 if n_new is None else max(n_new), step), n_new)
         assert both.lengths == [15, 11]
+
+    @every
+    @pytest.mark.parametrize("width", [1, 2, 5, 11])
+    def test_what_is_stored_is_the_same_bytes_whatever_the_chunking(self, member, width):
+        whole = np.random.default_rng(0).standard_normal((L, 2, B, H, 22, D), dtype=np.float32)  # of many values
+        at_once, pieces = member.make(), member.make()
+        for cache, size in ((at_once, 22), (pieces, width)):
+            for start in range(0, 22, size):
+                for layer in range(L):
+                    update(cache, layer, whole[layer, :, :, :, start : start + size])
+                cache.advance()
+        assert content(pieces)[:2] == content(at_once)[:2]
 
     @every
     def test_what_is_pending_changes_neither_seq_pos_nor_get_nor_a_clone(self, member):
@@ -472,6 +485,16 @@ class TestRows:
         both.stored = [[[] for _ in range(B)] for _ in range(L)]
 
     @every
+    @pytest.mark.parametrize("indices", [[0, 0], [0, 1], [1, 0], [1, 1]])
+    def test_each_row_becomes_the_one_that_is_named(self, member, indices):
+        both = started(member)
+        if both.can("reorder", indices):
+            both.stored = [[list(rows[index]) for index in indices] for rows in both.stored]
+        both.check()
+        for width in (1, 4):  # rows that were one go on beside each other
+            both.run(tokens(member, width, seed=width), [width, width - 1])
+
+    @every
     @pytest.mark.parametrize("name, arguments", [
         ("truncate", [6]), ("truncate", [[5, 4]]), ("truncate", [[5]]), ("truncate", [-1]), ("truncate", [2.0]),
         ("rollback", [4]), ("rollback", [[6, 0]]), ("rollback", [-1]), ("rollback", [True]), ("rollback", ["1"]),
@@ -690,3 +713,192 @@ class TestThroughAModel:
         assert content(loaded)[:2] == before[:2]
         got, expected = (model(ids[:, :2], cache=each).numpy() for each in (loaded, cache))
         np.testing.assert_array_equal(got, expected)
+
+
+# Sequences that share blocks, of which a cache of rows knows nothing. Oracle: a dict of lists of numbers.
+
+
+class Shared:
+    """A pool of blocks of 4 beside a dict: the tokens of each sequence, and as keys their numbers times 10."""
+
+    def __init__(self, num_blocks=12):
+        self.pool, self.texts = PagedKVCache(num_blocks, 4, 1, 1, max_seqs=6), {}
+
+    def add(self, text):
+        """A sequence for a prompt, of which what is here already is not run again: its id."""
+        seq = self.pool.add_sequence(text)
+        found = self.pool.seq_len(seq)
+        assert found < len(text), "a prompt that is here to its last token: none is left to run"
+        self.texts[seq] = list(text[:found])
+        self.write(seq, text[found:])
+        return seq
+
+    def write(self, seq, text):
+        keys = np.array(text, np.float32)[None, :, None] * 10
+        self.pool.update(seq, keys, -keys, text)
+        self.texts[seq] += text
+        self.check()
+
+    def fork(self, seq):
+        new = self.pool.fork(seq)
+        assert new not in self.texts
+        self.texts[new] = list(self.texts[seq])
+        return new
+
+    def cut(self, seq, length):
+        self.pool.truncate(seq, length)
+        del self.texts[seq][length:]
+        self.check()
+
+    def finish(self, seq):
+        self.pool.finish_sequence(seq)
+        del self.texts[seq]
+        self.check()
+
+    def check(self):
+        held = {block for seq in self.texts for block in self.pool.tables.table(seq)}
+        assert self.pool.num_free() == self.pool.num_blocks - len(held), "free blocks are those that nobody holds"
+        for seq, text in self.texts.items():
+            for part, sign in zip(self.pool.get_kv(seq), (10, -10)):
+                assert part.shape == (1, len(text), 1)
+                np.testing.assert_array_equal(part[0, :, 0], np.array(text) * sign, f"sequence {seq}")
+
+
+def check_sharing(member):
+    """Forks write on beside each other, end in any order, and all blocks come back."""
+    both = Shared()
+    first = both.add([1, 2, 3, 4, 5, 6])
+    second, third = both.fork(first), both.fork(first)
+    free = both.pool.num_free()
+    both.write(second, [7])
+    assert both.pool.num_free() == free - 1, "the shared partial block is copied, exactly once"
+    both.write(first, [8, 9, 10])
+    both.finish(first)
+    both.write(third, [11, 12, 13])
+    both.finish(second)
+    last = both.add([20, 21, 22, 23, 24])
+    both.finish(third)
+    both.finish(last)
+    assert both.pool.num_free() == both.pool.num_blocks
+
+
+def check_prefixes(member):
+    """A prompt takes over what is stored of it, never all of it, and never a block that has been written since."""
+    both = Shared()
+    first = both.add([1, 2, 3, 4, 5, 6, 7, 8])
+    again = both.add([1, 2, 3, 4, 5, 6, 7, 8])
+    assert len(set(both.pool.tables.table(first)) & set(both.pool.tables.table(again))) == 1
+    both.finish(again)
+    both.cut(first, 6)
+    both.write(first, [70, 80])
+    for text in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 70, 80, 9], [5, 6, 7, 8, 9]):
+        both.finish(both.add(text))
+    both.finish(first)
+    for start in range(100, 148, 8):  # every block is taken for something else
+        both.finish(both.add(list(range(start, start + 8))))
+    both.add([1, 2, 3, 4, 5, 6, 7, 8, 9])
+
+
+
+
+# Wrong members: one thing is replaced by what somebody may well write, and a test of the contract must fail.
+
+
+def late(right):
+    return lambda store, new, lengths, n_new: right(store, new, [length + 1 for length in lengths], n_new)
+
+
+def first_row_only(right):
+    return lambda lengths, n_new, longest: right(lengths[:1], n_new[:1], longest)
+
+
+def broadcasting(right):
+    return lambda name, part, *sizes: right(name, np.broadcast_to(part, (sizes[0], *np.shape(part)[1:])), *sizes)
+
+
+def row_by_row(right):
+    def gather(store, rows):
+        for row, source in enumerate(rows):
+            store[:, :, row] = store[:, :, source]
+
+    return gather
+
+
+def same_file(right):
+    stores = {}
+    return lambda self, shape: stores.setdefault(shape, right(self, shape))
+
+
+def longer_by(change):
+    def wrong(right):
+        return lambda self, *sizes, window, **options: right(self, *sizes, window=window + change, **options)
+
+    return wrong
+
+
+def trimmed(right):
+    """Only what the chunk's newest token sees is left when its oldest one reads."""
+    def resident(self, layer_idx):
+        key, value, pos = right(self, layer_idx)
+        oldest = np.array(self._ledger.lengths) + self._ledger.n_new - self.window
+        return key, value, np.where(pos < oldest[:, None], -1, pos)
+
+    return resident
+
+
+def given_back_by_each(right):
+    def give(self, block):
+        self.counts[block] = max(self.counts[block] - 1, 0)
+        self.free[block] = None
+
+    return give
+
+
+def whole_prompt(right):
+    return lambda blocks, tokens, block_size: right(blocks, [*tokens, 0], block_size)
+
+
+def nothing(right):
+    return lambda *arguments: None
+
+
+def never(right):
+    return lambda blocks, holders: [False] * len(blocks)
+
+
+views = TestTwoSteps().test_a_view_shows_all_that_the_new_tokens_may_look_at_and_get_what_is_committed
+skipped = TestTwoSteps().test_a_layer_that_was_skipped_reads_as_zeros
+copied = TestOwnership().test_copies_are_independent
+through_a_model = TestThroughAModel().test_ragged_prompts_in_chunks_then_tokens_equal_each_row_alone
+reordered = TestRows().test_each_row_becomes_the_one_that_is_named
+WRONG = {  # what is wrong: member, whose function is replaced, by what, and the test that must fail, with its arguments
+    "one slot too late": ("KVCache", kv_cache, "write_tokens", late, views),
+    "only the first row is asked for room": (
+        "KVCache", kv_cache, "check_room", first_row_only,
+        TestBounds().test_a_full_cache_names_max_seq_len_and_the_tokens_stored_asked_for_and_free, (2, 23), [1, 2]),
+    "batch 1 broadcast into all rows": (
+        "KVCache", kv_cache, "check_tokens", broadcasting,
+        TestBounds().test_what_does_not_fit_is_refused_with_bytes_unchanged, "batch of 1"),
+    "forgotten tokens are left in their slots": ("KVCache", kv_cache, "clear_slots", nothing, skipped),
+    "rows overwritten before they are read": ("KVCache", kv_cache, "gather_rows", row_by_row, reordered, [1, 0]),
+    "a clone in the same file": (
+        "OffloadedKVCache", OffloadedKVCache, "_new_store", same_file, copied, lambda cache: cache.clone()),
+    "window one too long": ("window 4, 2 sinks", SlidingWindowKVCache, "__init__", longer_by(1), through_a_model, 4),
+    "window one too short": ("window 4, 2 sinks", SlidingWindowKVCache, "__init__", longer_by(-1), through_a_model, 4),
+    "ring trimmed before the chunk read it": (
+        "window 5, 6 spare", SlidingWindowKVCache, "_resident", trimmed, views),
+    "double free": ("paged, blocks of 5", paged.Blocks, "give", given_back_by_each, check_sharing),
+    "missing copy on write": ("paged, blocks of 5", paged, "must_copy", never, check_sharing),
+    "whole prompt hit": ("paged, blocks of 5", paged, "find_prefix", whole_prompt, check_prefixes),
+    "stale key": ("paged, blocks of 5", paged.Blocks, "unname", nothing, check_prefixes),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_member_is_caught(fault, monkeypatch):
+    name, owner, function, wrong, contract, *arguments = WRONG[fault]
+    member = next(member for member in MEMBERS if member.name == name)
+    contract(member, *arguments)  # the right one passes
+    monkeypatch.setattr(owner, function, wrong(getattr(owner, function)))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        contract(member, *arguments)
