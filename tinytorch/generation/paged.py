@@ -24,6 +24,13 @@ __all__ = [
     "OpenPass",
     "PagedRows",
     "paged_kv_cache",
+    "Request",
+    "share_budget",
+    "tokens_to_run",
+    "RequestQueues",
+    "StepPlanner",
+    "check_request",
+    "Scheduler",
 ]
 
 
@@ -735,3 +742,265 @@ def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, 
                              dtype=dtype, strict=strict, tracker=tracker)
     seqs = [pool.add_sequence() for _ in range(batch_size)]
     return PagedRows(pool, seqs, max_seq_len=max_seq_len, owns_pool=True)
+
+
+# %% cell 12
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from tinytorch.core.autograd import no_grad
+from tinytorch.core.tensor import default_rng
+from tinytorch.generation.kv_cache import stored_heads
+from tinytorch.models.transformer import check_prompt, check_sampling, evaluating, sample_next
+
+
+# %% cell 19
+@dataclass(eq=False)
+class Request:
+    """What a client asks for, and what the Scheduler makes of it.
+
+    prompt: token ids. temperature, top_k: as in GPT.generate. stop_token: an id or several; the text ends with it.
+    seed: the start of this request's own random numbers; None takes it from the course's.
+
+    Filled in by the scheduler: request_id (never used twice), tokens (the new ids so far), state ("waiting",
+    "running", "finished" or "cancelled"), finish_reason ("stop", "length", "cancelled" or None), seq (its sequence in
+    the cache while it runs) and rng.
+    """
+
+    prompt: list
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: Any = None
+    stop_token: Any = None
+    seed: Any = None
+    request_id: Any = field(default=None, init=False)
+    tokens: list = field(default_factory=list, init=False)
+    state: str = field(default="waiting", init=False)
+    finish_reason: Any = field(default=None, init=False)
+    seq: Any = field(default=None, init=False, repr=False)
+    rng: Any = field(default=None, init=False, repr=False)
+
+
+# %% cell 21 (23-budget)
+def share_budget(lacks, budget):
+    """How many tokens each request runs in one step: who lacks one first, then the others, each group in order.
+
+    lacks: the tokens that each running request lacks, in order of arrival. Source: Sarathi-Serve, algorithm 3.
+
+    >>> share_budget([1, 30, 1, 20], budget=16)
+    [1, 14, 1, 0]
+    """
+    counts = [0] * len(lacks)
+    decoding = [index for index, lack in enumerate(lacks) if lack == 1]
+    reading = [index for index, lack in enumerate(lacks) if lack > 1]
+    for index in decoding + reading:
+        counts[index] = min(lacks[index], budget)
+        budget -= counts[index]
+    return counts
+
+
+# %% cell 24 (23-to-run)
+def tokens_to_run(prompt, tokens, stored):
+    """The ids that the cache lacks. prompt, tokens: ids given and generated; stored: how many ids the cache holds.
+
+    >>> tokens_to_run([11, 12, 13], [14, 15], stored=4)
+    [15]
+    """
+    return (prompt + tokens)[stored:]
+
+
+# %% cell 27
+class RequestQueues:
+    """Requests that wait and requests that run, in order of arrival. Bookkeeping: BlockTables, no arrays, no model.
+
+    Every running request is older than every waiting one, so one that is preempted goes back to the front.
+    """
+
+    def __init__(self, tables, token_budget=256, max_running=None):
+        self.tables, self.token_budget = tables, whole_number("token_budget", token_budget)
+        self.max_running = tables.max_seqs
+        if max_running is not None:
+            self.max_running = min(whole_number("max_running", max_running), tables.max_seqs)
+        self.waiting, self.running, self.preemptions = [], [], 0
+
+    @property
+    def has_work(self):
+        """Whether any request is not done."""
+        return bool(self.waiting or self.running)
+
+    def to_run(self, request):
+        """The ids of a running request that the cache lacks."""
+        return tokens_to_run(request.prompt, request.tokens, self.tables.length(request.seq))
+
+    def fits(self, requests, counts):
+        """Whether the free blocks suffice for these requests to run so many tokens each."""
+        return self.tables.blocks_for([request.seq for request in requests], counts) <= self.tables.num_free()
+
+    def start(self, request):
+        """Give a waiting request a sequence; it finds what the pool still holds of its text."""
+        request.seq = self.tables.add_sequence(request.prompt + request.tokens)
+
+    def give_back(self, request):
+        """Give the blocks of a request back to the pool."""
+        if request.seq is not None:
+            self.tables.finish_sequence(request.seq)
+            request.seq = None
+
+    def preempt(self, request):
+        """Stop a running request for now: its blocks come back, its text is kept, and it waits in front."""
+        self.give_back(request)
+        self.running.remove(request)
+        self.waiting.insert(0, request)
+        request.state, self.preemptions = "waiting", self.preemptions + 1
+
+    def leave(self, request, state, reason):
+        """A request is done: its blocks come back, and nobody waits for it."""
+        self.give_back(request)
+        (self.running if request in self.running else self.waiting).remove(request)
+        request.state, request.finish_reason = state, reason
+
+    def cancel(self, request_id):
+        """End a request that waits or runs; its blocks come back. False if the id is unknown or done."""
+        for request in self.waiting + self.running:
+            if request.request_id == request_id:
+                self.leave(request, "cancelled", "cancelled")
+                return True
+        return False
+
+
+# %% cell 29 (23-make-room)
+class StepPlanner(RequestQueues):
+    """Decides what runs in the next step."""
+
+    def make_room(self):
+        """How many tokens each of self.running runs; before that, the newest give way until the blocks suffice."""
+        while True:
+            counts = share_budget([len(self.to_run(request)) for request in self.running], self.token_budget)
+            if self.fits(self.running, counts):
+                return counts
+            self.preempt(self.running[-1])
+
+    def admit(self):
+        """Let the first who waits run, if a row, some budget, and blocks for all texts so far are there; else False.
+
+        Nobody overtakes: while the first does not fit, the others wait behind.
+        """
+        lacks = [len(self.to_run(request)) for request in self.running]
+        if not self.waiting or len(lacks) >= self.max_running or sum(lacks) >= self.token_budget:
+            return False
+        request = self.waiting[0]
+        self.start(request)
+        if not self.fits([*self.running, request], [*lacks, len(self.to_run(request))]):
+            self.give_back(request)
+            return False
+        self.running.append(self.waiting.pop(0))
+        request.state = "running"
+        return True
+
+    def schedule(self):
+        """The plan of one step, as a list of (request, how many of its tokens run)."""
+        while self.admit():
+            pass
+        plan = [(request, count) for request, count in zip(self.running, self.make_room()) if count]
+        if self.has_work and not plan:
+            raise OutOfBlocks(f"nobody can run: {self.tables.num_free()} of {self.tables.num_blocks} blocks are free, "
+                              "the others are held by sequences that are not this scheduler's; finish those")
+        return plan
+
+
+# %% cell 32
+def check_request(request, model, cache):
+    """Prompt, stop ids and random numbers of a request that can be served, or a ValueError that says what cannot."""
+    if request.request_id is not None:
+        raise ValueError(f"this request is number {request.request_id} already: make a new Request for each text")
+    new = whole_number("max_new_tokens", request.max_new_tokens)
+    ids = check_prompt(request.prompt, new, model.max_seq_len)
+    if len(ids) > 1 or ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise ValueError(f"a prompt is one list of ids from 0 to {model.vocab_size - 1}, got {request.prompt!r:.80}")
+    longest = blocks_needed(ids.shape[1] + new - 1, cache.block_size)  # the last new token is never run
+    if longest > cache.num_blocks:
+        raise ValueError(f"a prompt of {ids.shape[1]} tokens and max_new_tokens={new} need {longest} blocks of "
+                         f"{cache.block_size}, the pool has {cache.num_blocks}: ask for less, or make a larger pool")
+    if isinstance(request.temperature, bool) or not isinstance(request.temperature, (int, float, np.number)):
+        raise ValueError(f"temperature is a number, got {request.temperature!r}")
+    check_sampling(request.temperature, request.top_k)
+    several = request.stop_token if isinstance(request.stop_token, Iterable) else [request.stop_token]
+    stop_ids = tuple(whole_number("stop_token", token, least=0) for token in several if token is not None)
+    seed = default_rng().integers(2**63) if request.seed is None else whole_number("seed", request.seed, least=0)
+    return ids[0].tolist(), stop_ids, np.random.default_rng(seed)
+
+
+# %% cell 33 (23-postprocess)
+class Scheduler(StepPlanner):
+    """Serves many requests at once from one pool of blocks; every text is the one that `generate` gives it alone.
+
+    model: a GPT; cache: a PagedModelKVCache of its sizes. token_budget: token rows per step. max_running: requests
+    that run at once (default, and at most: the cache's max_seqs). Call it from one thread: a server puts `add` and
+    `cancel` between steps. Sources: Orca (continuous batching), Sarathi-Serve (budget, chunks), vLLM (preemption).
+    """
+
+    def __init__(self, model, cache, token_budget=256, max_running=None):
+        super().__init__(cache.tables, token_budget, max_running)
+        needed, sizes = (len(model.blocks), *stored_heads(model)), (cache.num_layers, cache.num_heads, cache.head_dim)
+        if needed != sizes:
+            raise ValueError(f"the model needs a cache of (layers, heads, head_dim) = {needed}, got {sizes}")
+        self.model, self.cache, self._ids = model, cache, itertools.count()
+        self._modules = list(model.modules())
+
+    def add(self, request):
+        """Let a request wait for its turn; return its id. ValueError, before anything changes, if it can never run."""
+        request.prompt, request.stop_token, request.rng = check_request(request, self.model, self.cache)
+        request.request_id = next(self._ids)
+        self.waiting.append(request)
+        return request.request_id
+
+    def step(self):
+        """One step for everybody who runs; return its new tokens as a list of (request, token)."""
+        plan = self.schedule()
+        sampled = self.forward(plan)
+        self.postprocess(sampled)
+        return sampled
+
+    def postprocess(self, sampled):
+        """Append each (request, token), and let the requests leave that are done."""
+        for request, token in sampled:
+            request.tokens.append(token)
+            if token in request.stop_token:
+                self.leave(request, "finished", "stop")
+            elif len(request.tokens) == request.max_new_tokens:
+                self.leave(request, "finished", "length")
+
+    def run(self):
+        """Step until nothing is left."""
+        while self.has_work:
+            self.step()
+
+    def forward(self, plan):
+        """Run a plan; return (request, token) for all who are due one. After an error, nothing has been run."""
+        stored = {request: self.tables.length(request.seq) for request, _ in plan}
+        passes, due = {}, {}
+        for request, count in plan:
+            passes.setdefault(count, []).append(request)
+        try:
+            with self.evaluating():
+                for count, requests in passes.items():
+                    due.update(self.run_pass(requests, count))
+                logits = self.model.head(Tensor(np.stack(list(due.values())))).numpy() if due else []  # (due, V)
+        except BaseException:
+            for request, length in stored.items():
+                self.tables.truncate(request.seq, length)
+            raise
+        return [(request, int(sample_next(row[None], request.temperature, request.top_k, request.rng)[0]))
+                for request, row in zip(due, logits)]
+
+    def evaluating(self):
+        """`evaluating(model)`, without the walk through the model where no mode has to change: a step is short."""
+        return evaluating(self.model) if any(module.training for module in self._modules) else no_grad()
+
+    def run_pass(self, requests, count):
+        """Run `count` tokens of each request in one pass; the last hidden state (E,) of those who are due a token."""
+        seqs, ids = [r.seq for r in requests], [self.to_run(r)[:count] for r in requests]
+        with self.cache.rows(seqs, tokens=ids).attached_to(self.model, n_new=[count] * len(seqs)):
+            last = self.model.hidden(np.array(ids)).numpy()[:, -1]  # (B, count, E) -> (B, E)
+        return {request: row for request, row in zip(requests, last) if not self.to_run(request)}
