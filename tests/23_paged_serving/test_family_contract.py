@@ -33,7 +33,7 @@ from tinytorch.generation.kv_cache import (
     prefill,
     random_gpt,
 )
-from tinytorch.generation.paged import PagedKVCache, paged_kv_cache
+from tinytorch.generation.paged import PagedKVCache, PagedModelKVCache, Request, Scheduler, paged_kv_cache
 
 B, S, L, H, D = 2, 24, 3, 2, 8  # what random_gpt() stores, for two rows
 
@@ -801,6 +801,20 @@ def check_prefixes(member):
 
 
 
+def check_resume(member):
+    """Who gave way and came back goes on where it stopped. Oracle: generate without a cache, for each alone."""
+    model, pool = random_gpt(), PagedModelKVCache(8, 4, L, H, D, max_seqs=2)
+    scheduler, prompts = Scheduler(model, pool), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]]
+    requests = [Request(prompt, 12, temperature=1.0, seed=seed) for seed, prompt in enumerate(prompts)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.run()
+    assert scheduler.preemptions == 1, f"{scheduler.preemptions} gave way"
+    for seed, (prompt, request) in enumerate(zip(prompts, requests)):
+        expected = model.generate(prompt, 12, temperature=1.0, rng=np.random.default_rng(seed))
+        assert prompt + request.tokens == expected and len(set(request.tokens)) > 6
+
+
 # Wrong members: one thing is replaced by what somebody may well write, and a test of the contract must fail.
 
 
@@ -858,6 +872,14 @@ def whole_prompt(right):
     return lambda blocks, tokens, block_size: right(blocks, [*tokens, 0], block_size)
 
 
+def last_token_again(right):
+    def preempt(self, request):
+        right(self, request)
+        request.tokens += request.tokens[-1:]
+
+    return preempt
+
+
 def nothing(right):
     return lambda *arguments: None
 
@@ -890,6 +912,7 @@ WRONG = {  # what is wrong: member, whose function is replaced, by what, and the
     "double free": ("paged, blocks of 5", paged.Blocks, "give", given_back_by_each, check_sharing),
     "missing copy on write": ("paged, blocks of 5", paged, "must_copy", never, check_sharing),
     "whole prompt hit": ("paged, blocks of 5", paged, "find_prefix", whole_prompt, check_prefixes),
+    "resume that repeats a token": ("paged, blocks of 5", Scheduler, "preempt", last_token_again, check_resume),
     "stale key": ("paged, blocks of 5", paged.Blocks, "unname", nothing, check_prefixes),
 }
 
