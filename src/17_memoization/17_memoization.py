@@ -674,7 +674,7 @@ class KVStore:
         shape = (self.num_layers, 2, self.batch_size, self.num_heads, num_slots, self.head_dim)
         counted = None
         if self._tracker is not None:
-            counted = self._tracker.allocate(math.prod(shape) * self.dtype.itemsize, purpose="kv_cache")
+            counted = self._tracker.allocate(self._store_bytes(shape), purpose="kv_cache")
         try:
             store = self._new_store(shape)
         except BaseException:  # within the tracker's limit, and yet more than NumPy or the machine can do
@@ -685,6 +685,9 @@ class KVStore:
         self._allocation, self._store = counted, store
         self._readable = store.view()
         self._readable.flags.writeable = False
+
+    def _store_bytes(self, shape):
+        return math.prod(shape) * self.dtype.itemsize
 
     def _new_store(self, shape):
         return np.zeros(shape, self.dtype)
