@@ -96,7 +96,8 @@ def test_groups_along_any_axis_equal_the_loop(shape, axis, bits, seed):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("numbers", [
     [3e38, -3e38, 0, 1], [3.4028235e38, -3.4028235e38], [3.4028235e38, 3.4e38], [-3.4028235e38, 1e-45], [3e38, 1e30],
-    [1e-45, 0], [1e-45, 3e-45, 1e-44, -1e-45], [1e-39, 2e-39, 0], [0, 0, 0], [1e-45] * 3, [-3.4028235e38] * 2, [0.1] * 5,
+    [1e-45, 0], [1e-45, 3e-45, 1e-44, -1e-45], [1e-39, 2e-39, 0], [0, 0, 0], [1e-45] * 3, [-3.4028235e38] * 2,
+    [0.1] * 5,
 ], ids=repr)
 def test_huge_tiny_and_constant_groups_are_finite_and_bounded_without_a_warning(bits, numbers):
     x = np.array(numbers, np.float32)
