@@ -97,7 +97,7 @@ def test_groups_along_any_axis_equal_the_loop(shape, axis, bits, seed):
 @pytest.mark.parametrize("numbers", [
     [3e38, -3e38, 0, 1], [3.4028235e38, -3.4028235e38], [3.4028235e38, 3.4e38], [-3.4028235e38, 1e-45], [3e38, 1e30],
     [1e-45, 0], [1e-45, 3e-45, 1e-44, -1e-45], [1e-39, 2e-39, 0], [0, 0, 0], [1e-45] * 3, [-3.4028235e38] * 2,
-    [0.1] * 5,
+    [0.1] * 5, [3.4028235e38, -3.1e38], [3.4028235e38, -2.9e38], [3.4028235e38, -2.7e38, 1],
 ], ids=repr)
 def test_huge_tiny_and_constant_groups_are_finite_and_bounded_without_a_warning(bits, numbers):
     x = np.array(numbers, np.float32)
@@ -178,7 +178,7 @@ def test_a_layer_reads_what_the_loop_reads_and_stores_the_same_bytes_in_every_ch
             assert got.shape == x.shape and got.dtype == np.float32
             back, steps = loop_cache(x, bits, along, group_size)
             np.testing.assert_array_less(np.abs(got - x), steps / 2 + rounding(x, steps))
-            np.testing.assert_array_less(np.abs(got - back), 1e-4 * steps + rounding(x, steps))
+            np.testing.assert_array_less(np.abs(got - chosen(got, x, back, steps)), 1e-4 * steps + rounding(x, steps))
 
 
 @settings(max_examples=80, deadline=None)
@@ -215,6 +215,13 @@ def test_the_default_groups_save_bytes_in_every_usual_size(head_dim, key_axis, b
 S, L, H, D = 9, 2, 2, 4
 
 
+def chosen(got, x, nearest, steps):
+    """What the loop says; where x lies in the middle between two points, both are right, and we go on with `got`."""
+    middle = np.abs(np.abs(nearest - x) - steps / 2) < 1e-5
+    other = np.abs(np.abs(got - nearest) - steps) < 2e-5
+    return np.where(middle & other, got, nearest)
+
+
 class CacheAgainstLists(RuleBasedStateMachine):
     """The model: per layer and row, keys and values as float32 tokens as they were given, or as a group froze them.
 
@@ -242,20 +249,16 @@ class CacheAgainstLists(RuleBasedStateMachine):
         return self.rng.standard_normal((2, self.B, H, seq_len, D), dtype=np.float32)
 
     def settle(self, layer, row, new):
-        """Append new tokens (2, H, n, D) and freeze what is whole, by the loops."""
+        """Append new tokens (2, H, n, D), freeze what is whole by the loops, and compare with what the cache reads."""
         old = self.stored[layer][row].shape[2]
         tokens = np.concatenate([self.stored[layer][row], new], axis=2)
-        value = loop_cache(tokens[1, :, old:].astype(np.float32), self.bits, "token", self.group_size)[0]
-        tokens[1, :, old:] = value
-        if self.axis == "token":
-            key = tokens[0, :, old:].astype(np.float32)
-            tokens[0, :, old:] = loop_cache(key, self.bits, "token", self.group_size)[0]
-        else:
-            first = self.groups[layer][row] * self.group_size
-            key = tokens[0, :, first:].astype(np.float32)
-            tokens[0, :, first:] = loop_cache(key, self.bits, "channel", self.group_size)[0]
-            self.groups[layer][row] = tokens.shape[2] // self.group_size
+        first = self.groups[layer][row] * self.group_size if self.axis == "channel" else old
+        for part, axis, start, got in zip(tokens, (self.axis, "token"), (first, old), self.cache.get(layer)):
+            x = part[:, start:].astype(np.float32)
+            expected = loop_cache(x, self.bits, axis, self.group_size)
+            part[:, start:] = chosen(got.data[row, :, start : tokens.shape[2]], x, *expected)
         self.stored[layer][row] = tokens
+        self.groups[layer][row] = tokens.shape[2] // self.group_size
 
     def close_to(self, got, rows):
         """got (B, H, S, D) against a list of tokens (H, n, D) per row; what is no token is zero."""
@@ -306,10 +309,10 @@ class CacheAgainstLists(RuleBasedStateMachine):
     @rule()
     def advance(self):
         n_new, shaped = next(iter(self.open.values()))
+        self.cache.advance()
         for layer, row in itertools.product(range(L), range(self.B)):
             _, new = self.open.get(layer, (None, np.zeros_like(shaped)))
             self.settle(layer, row, new[:, row, :, : n_new[row]])
-        self.cache.advance()
         self.open = {}
 
     @rule(data=st.data())
