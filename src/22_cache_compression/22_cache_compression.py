@@ -104,7 +104,10 @@ Three ways out, and at the end one table of what they cost:
     A  fewer tokens          keep the newest, the first few, or those that attention looks at
     B  fewer bits            keep all of them, with less than 32 bits per number
     C  another place         keep them on disk
+"""
 
+# %% [markdown]
+"""
 A and B change what is *stored*, so they need a rule for the pass itself: **while a pass is open, its tokens stand
 aside, exactly as they came.** Attention sees what was kept of the past, and the whole new chunk. Only the commit
 decides what stays:
@@ -226,7 +229,10 @@ if __name__ == "__main__":
 Mistral's models look back a fixed number of tokens: with a window of w, a token sees itself and the w - 1 before it
 (Jiang et al., *Mistral 7B*, 2023, arXiv 2310.06825, section 2). What nobody can see need not be kept. The store
 becomes a ring: a new token takes the slot of the oldest.
+"""
 
+# %% [markdown]
+"""
 But a model that was not trained so breaks down when its *first* tokens leave: heads with nothing to say rest their
 attention there. For Llama-2-13B, Xiao et al. (*Efficient Streaming Language Models with Attention Sinks*, 2023, arXiv
 2309.17453, table 1) report a perplexity of 5158 with the newest 1024 tokens, and 5.40 with the first 4 and the newest
@@ -287,7 +293,10 @@ committed, and most of it is gone at once. Of a chunk that starts at position 3,
 
     chunk index    0 1 2 3 4 5
     position       3 4 5 6 7 8      the newest 4 stay: chunk indices 2 3 4 5
+"""
 
+# %% [markdown]
+"""
 A chunk may bring sinks, too: one of 9 tokens at position 0 leaves 0 1 (sinks) and 5 6 7 8. No two that stay may
 want the same slot. Which stay?
 """
@@ -346,7 +355,10 @@ tokens have taken the slots of old ones. Window 3, no sinks, ring of 4 slots, 9 
     back to 8         the next token stands at 8 and sees 6 7 and itself      all there: allowed
     back to 7         it sees 5 6 and itself                                  all there: allowed
     back to 6         it sees 4 5 and itself                                  4 is gone: refused
+"""
 
+# %% [markdown]
+"""
 Sinks count as well; and back to 0 is always possible. Which positions would the next token, at position `kept`,
 have to see, and find gone? (Visible to it, besides itself: the sinks, and the window - 1 before it.)
 """
@@ -712,7 +724,10 @@ if __name__ == "__main__":
 *Look back.* With a window of w, how far back can a model of L layers look in effect? (Each layer passes on what the one
 below has seen: L * (w - 1). So a fact from before the window is not lost at once; it is lost to *attention*.) And what
 if the window is as long as the text? (Then it is lesson 17's cache.)
+"""
 
+# %% [markdown]
+"""
 ### A5. Where do the sinks stand?
 
 A sink at position 0 and a query at position 10,000: what is their distance? By position 10,000, and growing without
@@ -721,7 +736,10 @@ end, beyond all that the model has ever seen. Xiao et al. (section 3.2) count *i
 
     held              0 1 2 3 . 6 7 8   next 9        5 is in a slot, and out of sight: -1
     inside the cache  0 1 2 3 . 4 5 6   next 7
+"""
 
+# %% [markdown]
+"""
 This works only where keys are stored *before* a position went into them. Rotary embedding (Su et al., *RoFormer*, 2021,
 arXiv 2104.09864, section 3.2) can wait: it turns queries and keys by an angle per position, and a score depends on the
 difference. `renumber=True` gives such positions; whoever attends rotates by `view.pos` after reading.
@@ -797,7 +815,10 @@ chunk the positions still grow, by at most the chunk.
 Our GPT *learned* its positions, and adds them before keys are made. By absolute positions, its table ends at
 max_seq_len, whatever the cache could hold; and renumbered it would read keys whose old positions no longer count. So
 `enable_kv_cache` refuses that. `renumber=True` waits for a model that rotates after reading.
+"""
 
+# %% [markdown]
+"""
 ### A6. Keep what is looked at
 
 A window drops what is old, be it important or not. Zhang et al. (*H2O: Heavy-Hitter Oracle*, 2023, arXiv 2306.14048,
@@ -808,7 +829,10 @@ the lowest score goes; the newest are safe, for nobody has had time to look at t
     query c looks      .7   .1   .2    .
     query d looks      .6   .0   .1   .3
     received          1.3   .1   .3   .3       budget 3, newest 1 safe: d stays, b goes
+"""
 
+# %% [markdown]
+"""
 `CachedAttention.attend` tells such a cache who looked where: `observe(layer_idx, weights)`, (B, H, T, S). First the
 sum: over heads and queries, for each key. Queries that are padding say nothing.
 """
@@ -860,7 +884,10 @@ if __name__ == "__main__":
 Now the choice. One row, in one layer: `pos` and `score` of what is held and of what has come, in one line; -1 is an
 empty slot. `who_stays` returns *indices* into them, sorted: the `recent` newest by position, and of the others those
 with the highest scores, `budget` in all. In a tie the older one stays.
+"""
 
+# %% [markdown]
+"""
 Then the change of tenants: a newcomer takes a free slot, **and the slot's score becomes its own**. If it inherited
 the old one, a slot could never be lost again.
 

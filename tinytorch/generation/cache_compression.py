@@ -79,7 +79,7 @@ from tinytorch.generation.kv_cache import (
 )
 
 
-# %% cell 7 (22-view)
+# %% cell 8 (22-view)
 class PendingKVCache(KVStore, CacheDoor, CacheRows):
     """A cache that keeps an open pass aside, exactly as it came, and takes it in when it is committed.
 
@@ -131,7 +131,7 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         self._pending.clear()
 
 
-# %% cell 11 (22-ring)
+# %% cell 13 (22-ring)
 def ring_slots(positions, sinks, ring):
     """The slot of each position, as an array: the first `sinks` have slots of their own, the others share a ring.
 
@@ -142,7 +142,7 @@ def ring_slots(positions, sinks, ring):
     return np.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
 
 
-# %% cell 14 (22-chunk)
+# %% cell 17 (22-chunk)
 def survivors(start, count, sinks, ring):
     """Which of a row's `count` new tokens, the first at position `start`, are kept at the commit: their chunk indices.
 
@@ -153,7 +153,7 @@ def survivors(start, count, sinks, ring):
     return np.flatnonzero((positions < sinks) | (positions >= start + count - ring))
 
 
-# %% cell 17 (22-rollback)
+# %% cell 21 (22-rollback)
 def gone_positions(resident, kept, window, sinks):
     """The positions, in order, that the next token at position `kept` would see if they were not gone; [] if none.
 
@@ -166,7 +166,7 @@ def gone_positions(resident, kept, window, sinks):
     return [position for position in seen if position not in resident]
 
 
-# %% cell 23
+# %% cell 27
 class SlotKVCache(PendingKVCache):
     """A cache of a fixed number of slots, whatever the text: `_pos` (L, B, slots) says which token stands where.
 
@@ -253,7 +253,7 @@ class SlotKVCache(PendingKVCache):
         self._store[...], self._pos[...] = self._store[:, :, rows], self._pos[:, rows]
 
 
-# %% cell 24
+# %% cell 28
 class SlidingWindowKVCache(SlotKVCache):
     """The newest `window` tokens and the first `sinks`, in memory that never grows.
 
@@ -334,7 +334,7 @@ def inside_positions(pos, lengths, window, sinks):
     return np.where((pos >= sinks) & (inside < sinks), -1, inside)
 
 
-# %% cell 30
+# %% cell 36
 def rotate(x, positions, base=10000.0):
     """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
 
@@ -350,7 +350,7 @@ def rotate(x, positions, base=10000.0):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-# %% cell 34 (22-received)
+# %% cell 42 (22-received)
 def attention_received(weights, n_new):
     """What each key received from all heads and all valid queries together: (B, H, T, S) -> (B, S), float64.
 
@@ -364,7 +364,7 @@ def attention_received(weights, n_new):
     return np.where(valid[:, None, :, None], weights, 0).sum(axis=(1, 2), dtype=np.float64)
 
 
-# %% cell 37 (22-evict)
+# %% cell 46 (22-evict)
 def who_stays(pos, score, budget, recent):
     """Indices, sorted, of the `recent` newest tokens and the best of the rest by score: at most `budget` together.
 
@@ -391,7 +391,7 @@ def change_tenants(pos, score, stays, new_pos, new_score):
     return slots, newcomers
 
 
-# %% cell 40
+# %% cell 49
 class HeavyHitterKVCache(SlotKVCache):
     """`budget` tokens per layer and row: the `recent` newest (default: half), and those that received most attention.
 
@@ -492,13 +492,13 @@ class HeavyHitterKVCache(SlotKVCache):
         self._score[...] = self._score[:, rows]
 
 
-# %% cell 46
+# %% cell 55
 from dataclasses import dataclass
 
 from tinytorch.generation.kv_cache import check_chunk, slot_positions, write_tokens
 
 
-# %% cell 52 (22-quantize)
+# %% cell 61 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -538,7 +538,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 55 (22-pack)
+# %% cell 64 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -570,7 +570,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 58 (22-quantized-bytes)
+# %% cell 67 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -581,7 +581,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 63 (22-groups)
+# %% cell 72 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -597,7 +597,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 66
+# %% cell 75
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -676,7 +676,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 67
+# %% cell 76
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -751,7 +751,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 68
+# %% cell 77
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -832,7 +832,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 72
+# %% cell 81
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -847,7 +847,7 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 77
+# %% cell 86
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
@@ -934,7 +934,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 82 (22-state)
+# %% cell 91 (22-state)
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
@@ -949,7 +949,7 @@ def cache_state(cache):
     }
 
 
-# %% cell 85 (22-state-problem)
+# %% cell 94 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
     if set(state) != {"key", "value", "lengths"}:
@@ -972,7 +972,7 @@ def state_problem(state, cache):
     return None
 
 
-# %% cell 89
+# %% cell 98
 def require_tokens(cache):
     """NotImplementedError for a cache that compresses or forgets what it was given."""
     if isinstance(cache, PendingKVCache):
@@ -991,7 +991,7 @@ def save_cache(cache, path):
     save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
 
 
-# %% cell 90
+# %% cell 99
 def cache_for(state, metadata, path):
     """An empty KVCache of the sizes that a file names."""
     shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
@@ -1034,7 +1034,7 @@ def load_cache(path, cache=None):
     return cache
 
 
-# %% cell 94
+# %% cell 103
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):
@@ -1078,7 +1078,7 @@ class OffloadedKVCache(KVCache):
         return {**super()._options(), "folder": self._folder}
 
 
-# %% cell 100
+# %% cell 109
 import time
 from contextlib import ExitStack
 
