@@ -6,16 +6,23 @@ Lesson 23_paged_serving. Built from src/23_paged_serving/23_paged_serving.py by 
 __all__ = [
     "blocks_needed",
     "slots_of",
-    "OutOfBlocks",
-    "Label",
-    "block_name",
-    "Blocks",
-    "find_prefix",
-    "token_list",
+    "BlockCounts",
     "must_copy",
+    "next_table",
+    "Label",
+    "digest",
+    "Blocks",
+    "block_name",
+    "find_prefix",
     "Reservation",
     "Sequence",
+    "cut_sequence",
+    "token_list",
+    "SequenceBook",
+    "OutOfBlocks",
+    "PassBook",
     "BlockTables",
+    "gather",
     "BlockStore",
     "PagedPool",
     "PagedKVCache",
@@ -35,17 +42,21 @@ __all__ = [
 
 
 # %% cell 2
+# One pool, its tables, its rows and its scheduler belong together: longer than its neighbours.
 import copy
 import hashlib
+import itertools
 import math
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinytorch.core.tensor import Tensor
+from tinytorch.core.autograd import no_grad
+from tinytorch.core.tensor import Tensor, default_rng
 from tinytorch.generation.kv_cache import (
     CacheDoor,
     CacheLedger,
@@ -55,11 +66,13 @@ from tinytorch.generation.kv_cache import (
     check_tokens,
     slot_positions,
     storage_dtype,
+    stored_heads,
     whole_number,
 )
+from tinytorch.models.transformer import check_prompt, check_sampling, evaluating, sample_next
 
 
-# %% cell 3
+# %% cell 10 (23-slots)
 def blocks_needed(length, block_size):
     """Blocks that hold so many tokens, the last one perhaps in part.
 
@@ -70,64 +83,101 @@ def blocks_needed(length, block_size):
 
 
 def slots_of(table, start, stop, block_size):
-    """The slots (array) of positions start .. stop - 1; block b has the slots b * block_size and following.
+    """The slots of positions start .. stop - 1, an array; block b has the slots from b * block_size on.
 
-    >>> slots_of([7, 1], 2, 6, block_size=4).tolist()
+    >>> slots_of([7, 1, 4], 2, 6, block_size=4).tolist()
     [30, 31, 4, 5]
     """
     positions = np.arange(start, stop)
     return np.array(table, int)[positions // block_size] * block_size + positions % block_size
 
 
-# %% cell 4
-class OutOfBlocks(ValueError):
-    """The pool has too few free blocks. Nothing was changed."""
+# %% cell 14 (23-counts)
+class BlockCounts:
+    """How many sequences hold each block, and which blocks are free, longest free first."""
+
+    def __init__(self, num_blocks):
+        self.counts, self.free = [0] * num_blocks, OrderedDict.fromkeys(range(num_blocks))
+
+    def take(self):
+        """The block that has been free for longest; it is held once now."""
+        block, _ = self.free.popitem(last=False)
+        self.counts[block] = 1
+        return block
+
+    def hold(self, block):
+        """One more sequence holds the block. A free one is found again."""
+        if self.counts[block] == 0:
+            del self.free[block]
+        self.counts[block] += 1
+
+    def give(self, block):
+        """One sequence less holds the block; without any it is free. CacheStateError when it is free already."""
+        if self.counts[block] == 0:
+            raise CacheStateError(f"block {block} is free already: it was given back twice")
+        self.counts[block] -= 1
+        if self.counts[block] == 0:
+            self.free[block] = None
 
 
+# %% cell 20 (23-copy)
+def must_copy(written, holders):
+    """Which writers must copy first: all who write into a block that others hold, but for the last who stays.
+
+    written: per writer a block, or None; holders: dict of block -> number of sequences that hold it.
+
+    >>> must_copy([3, 3, None, 5], {3: 2, 5: 1})
+    [True, False, False, False]
+    """
+    staying, copies = dict(holders), []
+    for block in written:
+        shared = block is not None and staying[block] > 1
+        copies.append(shared)
+        if shared:
+            staying[block] -= 1
+    return copies
+
+
+def next_table(blocks, table, written, copies, num_new):
+    """The table that a pass writes with, and the blocks taken for it: (table, taken), the copy before the new ones.
+
+    blocks has take() and unname(block); written: the last block of table, if the pass writes into it, or None;
+    copies: must it be copied first?
+    """
+    taken = [blocks.take() for _ in range(copies + num_new)]
+    if copies:
+        return table[:-1] + taken, taken
+    if written is not None:
+        blocks.unname(written)
+    return table + taken, taken
+
+
+# %% cell 23
 class Label(NamedTuple):
-    """What a full block holds: its name, the name of the block before it, and its tokens."""
+    """What a full block holds: its name, the name of the block before it ("" for the first), and its tokens."""
 
     name: str
     parent: str
     tokens: tuple
 
 
-def block_name(parent, tokens):
-    """The name of a full block: a hash of its parent's name ("" for the first block) and of its own tokens."""
-    return hashlib.sha256(repr((parent, tokens)).encode()).hexdigest()
+def digest(value):
+    """A hash of 64 hexadecimal digits, the same in every process: SHA-256 of what `repr` says."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-class Blocks:
-    """How often each block is held, which are free, and which have names. Numbers only, no arrays.
-
-    A block that nobody holds is free; it keeps its contents and its name until it is taken for something else.
-    Free blocks are taken in the order in which they were freed.
-    """
+class Blocks(BlockCounts):
+    """Counted blocks with names. A free block keeps its name, and can be found by it, until it is taken."""
 
     def __init__(self, num_blocks):
-        self.counts, self.free = [0] * num_blocks, OrderedDict.fromkeys(range(num_blocks))
+        super().__init__(num_blocks)
         self.labels, self.named = [None] * num_blocks, {}  # a Label or None per block; name -> block
 
     def take(self):
-        """The block that has been free for longest, held once and without a name."""
-        block, _ = self.free.popitem(last=False)
+        """As before; what is taken will be written, so it loses its name."""
+        block = super().take()
         self.unname(block)
-        self.counts[block] = 1
         return block
-
-    def hold(self, block):
-        """One more sequence holds the block; a free one is found again."""
-        if self.counts[block] == 0:
-            del self.free[block]
-        self.counts[block] += 1
-
-    def give(self, block):
-        """One sequence less holds the block; without any it is free."""
-        if self.counts[block] == 0:
-            raise CacheStateError(f"block {block} is free already: it was given back twice")
-        self.counts[block] -= 1
-        if self.counts[block] == 0:
-            self.free[block] = None
 
     def name(self, block, label):
         """Let a full block be found, unless another with the same contents can be."""
@@ -135,61 +185,35 @@ class Blocks:
             self.named[label.name], self.labels[block] = block, label
 
     def unname(self, block):
-        """The block is about to be written: it can no longer be found."""
+        """The block can no longer be found."""
         label, self.labels[block] = self.labels[block], None
         if label is not None:
             del self.named[label.name]
 
-    def find(self, parent, tokens):
-        """(block, name) of the block that holds these tokens behind that parent, or (None, name)."""
-        name = block_name(parent, tokens)
-        block = self.named.get(name)
-        same = block is not None and self.labels[block] == (name, parent, tokens)  # a hash may lie
-        return block if same else None, name
+
+# %% cell 25 (23-names)
+def block_name(parent, tokens):
+    """The name of a full block: the digest of its parent's name and of its own tokens (a tuple) together."""
+    return digest((parent, tokens))
 
 
 def find_prefix(blocks, tokens, block_size):
-    """The blocks that hold the beginning of a prompt, and their names; at least one token is left to run."""
-    found, names = [], []
+    """The blocks, in order, that hold the beginning of a prompt (a list); at least one token is left to run."""
+    found, parent = [], ""
     for start in range(0, len(tokens) - block_size, block_size):
         piece = tuple(tokens[start : start + block_size])
-        block, name = blocks.find(names[-1] if names else "", piece)
-        if block is None:
+        name = block_name(parent, piece)
+        block = blocks.named.get(name)
+        if block is None or blocks.labels[block] != Label(name, parent, piece):
             break
         found.append(block)
-        names.append(name)
-    return found, names
+        parent = name
+    return found
 
 
-# %% cell 5
-def token_list(tokens):
-    """Token ids as a list of ints; ValueError where one is none."""
-    values = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu") or (values < 0).any():
-        raise ValueError(f"tokens are whole numbers from 0 in one row, got {values.dtype} of shape {values.shape}")
-    return values.tolist()
-
-
-def must_copy(last_blocks, holders):
-    """Which writers must copy their last block first: all who share it, except the last of them.
-
-    last_blocks: per writer, the partly filled block it will write into, or None; holders: block -> sequences.
-
-    >>> must_copy([3, 3, None, 5], {3: 2, 5: 1})
-    [True, False, False, False]
-    """
-    left, copies = dict(holders), []
-    for block in last_blocks:
-        shared = block is not None and left[block] > 1
-        if shared:
-            left[block] -= 1
-        copies.append(shared)
-    return copies
-
-
+# %% cell 28 (23-truncate)
 class Reservation(NamedTuple):
-    """The blocks of an open pass: n tokens, the table with which they are written, what was taken for it, and the
-    shared block that a copy replaces (None: there is none)."""
+    """An open pass: n tokens, the table they are written with, the blocks taken, the shared block left (or None)."""
 
     n: int
     blocks: list
@@ -199,7 +223,7 @@ class Reservation(NamedTuple):
 
 @dataclass
 class Sequence:
-    """One sequence: its table, its tokens as far as they are known, the names of its full blocks."""
+    """One sequence: its table, its length, its tokens as far as they are known, the names of its full blocks."""
 
     blocks: list = field(default_factory=list)
     length: int = 0
@@ -208,129 +232,31 @@ class Sequence:
     pending: Reservation = None
 
 
-class BlockTables:
-    """Which blocks hold which sequence. Bookkeeping without arrays; blocks and sequences are numbers.
+def cut_sequence(sequence, length, block_size):
+    """Keep the first tokens of a Sequence, in place; return the blocks that it no longer needs, the last first."""
+    kept = blocks_needed(length, block_size)
+    dropped = sequence.blocks[kept:]
+    del sequence.blocks[kept:], sequence.tokens[length:], sequence.names[length // block_size :]
+    sequence.length = length
+    return dropped[::-1]
 
-    A pass reserves blocks (`reserve`), is written elsewhere, and is then counted (`commit`) or dropped (`release`).
-    Sequences of the same tokens share full blocks: `add_sequence(tokens)` finds those that are here, by name.
-    """
+
+# %% cell 31
+def token_list(tokens):
+    """Token ids as a list of ints; ValueError where one is none."""
+    values = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu") or (values < 0).any():
+        raise ValueError(f"tokens are whole numbers from 0 in one row, got {values.dtype} of shape {values.shape}")
+    return [int(token) for token in values]
+
+
+class SequenceBook:
+    """The live sequences by their ids, which are never used twice."""
 
     def __init__(self, num_blocks, block_size, max_seqs):
         self.num_blocks = whole_number("num_blocks", num_blocks, least=0)
         self.block_size, self.max_seqs = whole_number("block_size", block_size), whole_number("max_seqs", max_seqs)
         self.blocks, self._sequences, self._next_id = Blocks(self.num_blocks), {}, 0
-        self._leaving = Counter()  # block -> sequences that go over to a copy when their pass is committed
-
-    def add_sequence(self, tokens=None):
-        """A new sequence, and its id. tokens: its prompt; `length` says how much of it is here already."""
-        tokens = [] if tokens is None else token_list(tokens)
-        found, names = find_prefix(self.blocks, tokens, self.block_size)
-        length = len(found) * self.block_size
-        return self._add(Sequence(found, length, tokens[:length], names))
-
-    def fork(self, seq):
-        """A second sequence with the same tokens, in the same blocks."""
-        old = self._sequence(seq)
-        return self._add(Sequence(list(old.blocks), old.length, list(old.tokens), list(old.names)))
-
-    def _add(self, sequence):
-        if len(self._sequences) >= self.max_seqs:
-            raise ValueError(f"max_seqs={self.max_seqs} sequences are live: finish one, or allow more")
-        for block in sequence.blocks:
-            self.blocks.hold(block)
-        seq, self._next_id = self._next_id, self._next_id + 1
-        self._sequences[seq] = sequence
-        return seq
-
-    def finish_sequence(self, seq):
-        """Give back what the sequence holds; its id is never used again."""
-        self.truncate(seq, 0)
-        del self._sequences[seq]
-
-    def truncate(self, seq, length):
-        """Keep the first tokens of a sequence. The last blocks are freed first: prefixes stay for longest."""
-        sequence = self._between_passes(seq)
-        if whole_number("length", length, least=0) > sequence.length:
-            raise ValueError(f"sequence {seq} holds {sequence.length} tokens: it cannot be cut to {length}")
-        for block in reversed(sequence.blocks[blocks_needed(length, self.block_size) :]):
-            self.blocks.give(block)
-        del sequence.blocks[blocks_needed(length, self.block_size) :]
-        del sequence.tokens[length:], sequence.names[length // self.block_size :]
-        sequence.length = length
-
-    def reserve(self, seq, n):
-        """Find room for n more tokens; the (source, target) pairs of blocks to be copied before they are written."""
-        return self.reserve_all([seq], [n])
-
-    def reserve_all(self, seqs, counts):
-        """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
-        sequences = [self._between_passes(seq) for seq in seqs]
-        copies, fresh = self._needs(sequences, counts)
-        needed = sum(copies) + sum(fresh)
-        if needed > self.num_free():
-            raise OutOfBlocks(
-                f"{sum(counts)} more tokens of sequences {list(seqs)} need {needed} blocks, {self.num_free()} of "
-                f"num_blocks={self.num_blocks} are free: finish or truncate a sequence, or make a larger pool")
-        for sequence, n, copies_last, more in zip(sequences, counts, copies, fresh):
-            sequence.pending = self._extend(sequence, n, copies_last, more)
-        return [(s.pending.left, s.pending.taken[0]) for s in sequences if s.pending.left is not None]
-
-    def blocks_for(self, seqs, counts):
-        """Blocks that `reserve_all` would take."""
-        return sum(map(sum, self._needs([self._sequence(seq) for seq in seqs], counts)))
-
-    def _needs(self, sequences, counts):
-        """Per sequence: must it copy its last block, and how many new blocks does it need?"""
-        size = self.block_size
-        last = [s.blocks[-1] if n and s.length % size else None for s, n in zip(sequences, counts)]
-        holders = {block: self.blocks.counts[block] - self._leaving[block] for block in last if block is not None}
-        fresh = [blocks_needed(s.length + n, size) - len(s.blocks) for s, n in zip(sequences, counts)]
-        return must_copy(last, holders), fresh
-
-    def _extend(self, sequence, n, copies_last, more):
-        """The reservation of n tokens: new blocks behind, and the last one replaced by a copy where it must be."""
-        blocks, left = list(sequence.blocks), None
-        taken = [self.blocks.take() for _ in range(copies_last + more)]
-        if copies_last:
-            left = blocks.pop()
-            self._leaving[left] += 1
-        elif n and sequence.length % self.block_size:
-            self.blocks.unname(blocks[-1])  # written in place: no longer what its name says
-        return Reservation(n, blocks + taken, taken, left)
-
-    def commit(self, seq, n, tokens=None):
-        """Count the n reserved tokens as stored. tokens: which they are, so that full blocks can be found."""
-        sequence, tokens = self._sequence(seq), None if tokens is None else token_list(tokens)
-        pending = sequence.pending
-        if pending is None or pending.n != n:
-            raise CacheStateError(f"commit of {n} tokens to sequence {seq}: "
-                                  f"{'none are' if pending is None else f'{pending.n} were'} reserved")
-        if tokens is not None and len(tokens) != n:
-            raise ValueError(f"{len(tokens)} tokens were named, {n} are stored in sequence {seq}")
-        if pending.left is not None:
-            self._leaving[pending.left] -= 1
-            self.blocks.give(pending.left)
-        if tokens is not None and len(sequence.tokens) == sequence.length:
-            sequence.tokens += tokens
-        sequence.blocks, sequence.length, sequence.pending = pending.blocks, sequence.length + n, None
-        self._name_full_blocks(sequence)
-
-    def _name_full_blocks(self, sequence):
-        size, names = self.block_size, sequence.names
-        for index in range(len(names), len(sequence.tokens) // size):
-            parent, tokens = names[-1] if names else "", tuple(sequence.tokens[index * size : (index + 1) * size])
-            names.append(block_name(parent, tokens))
-            self.blocks.name(sequence.blocks[index], Label(names[-1], parent, tokens))
-
-    def release(self, seq):
-        """Drop the open pass of a sequence, if there is one: its blocks are free again."""
-        sequence = self._sequence(seq)
-        pending, sequence.pending = sequence.pending, None
-        if pending is not None:
-            for block in reversed(pending.taken):
-                self.blocks.give(block)
-            if pending.left is not None:
-                self._leaving[pending.left] -= 1
 
     def length(self, seq):
         """Committed tokens of a sequence."""
@@ -361,13 +287,151 @@ class BlockTables:
             raise CacheStateError(f"sequence {seq} has an open pass: commit it, or abandon (release) it first")
         return sequence
 
+    def _add(self, sequence):
+        if len(self._sequences) >= self.max_seqs:
+            raise ValueError(f"max_seqs={self.max_seqs} sequences are live: finish one, or allow more")
+        for block in sequence.blocks:
+            self.blocks.hold(block)
+        seq, self._next_id = self._next_id, self._next_id + 1
+        self._sequences[seq] = sequence
+        return seq
 
-# %% cell 6
-class BlockStore:
-    """The numbers of all blocks, (L, 2, H_kv, num_blocks, block_size, D). Arrays without sequences.
 
-    Heads come before blocks: so the blocks of a table, gathered side by side, are a head's tokens in order.
+# %% cell 32
+class OutOfBlocks(ValueError):
+    """The pool has too few free blocks. Nothing was changed."""
+
+
+class PassBook(SequenceBook):
+    """What a pass takes, and what it leaves when it is committed or fails."""
+
+    def __init__(self, num_blocks, block_size, max_seqs):
+        super().__init__(num_blocks, block_size, max_seqs)
+        self._leaving = Counter()  # block -> sequences that go over to a copy when their pass is committed
+
+    def reserve(self, seq, n):
+        """Find room for n more tokens; the (source, target) pairs of blocks to be copied before they are written."""
+        return self.reserve_all([seq], [n])
+
+    def reserve_all(self, seqs, counts):
+        """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
+        sequences = [self._between_passes(seq) for seq in seqs]
+        plans = self._plans(sequences, counts)
+        needed = sum(copies + num_new for _, copies, num_new in plans)
+        if needed > self.num_free():
+            raise OutOfBlocks(
+                f"{sum(counts)} more tokens of sequences {list(seqs)} need {needed} blocks, {self.num_free()} of "
+                f"num_blocks={self.num_blocks} are free: finish or truncate a sequence, or make a larger pool")
+        pairs = []
+        for sequence, n, (written, copies, num_new) in zip(sequences, counts, plans):
+            table, taken = next_table(self.blocks, sequence.blocks, written, copies, num_new)
+            sequence.pending = Reservation(n, table, taken, written if copies else None)
+            if copies:
+                self._leaving[written] += 1
+                pairs.append((written, taken[0]))
+        return pairs
+
+    def blocks_for(self, seqs, counts):
+        """Blocks that `reserve_all` would take."""
+        plans = self._plans([self._sequence(seq) for seq in seqs], counts)
+        return sum(copies + num_new for _, copies, num_new in plans)
+
+    def _plans(self, sequences, counts):
+        """Per sequence: the partly filled block that it writes into (or None), must it copy it, its new blocks."""
+        size = self.block_size
+        written = [s.blocks[-1] if n and s.length % size else None for s, n in zip(sequences, counts)]
+        holders = {block: self.blocks.counts[block] - self._leaving[block] for block in written if block is not None}
+        num_new = [blocks_needed(s.length + n, size) - len(s.blocks) for s, n in zip(sequences, counts)]
+        return list(zip(written, must_copy(written, holders), num_new))
+
+    def commit(self, seq, n, tokens=None):
+        """Count the n reserved tokens as stored. tokens: which they are, so that full blocks can be found."""
+        sequence, tokens = self._sequence(seq), None if tokens is None else token_list(tokens)
+        pending = sequence.pending
+        if pending is None or pending.n != n:
+            raise CacheStateError(f"commit of {n} tokens to sequence {seq}, "
+                                  f"{0 if pending is None else pending.n} are reserved: reserve(seq, n) comes first")
+        if tokens is not None and len(tokens) != n:
+            raise ValueError(f"{len(tokens)} tokens were named, {n} are stored in sequence {seq}")
+        self._leave(pending, self.blocks.give)
+        if tokens is not None and len(sequence.tokens) == sequence.length:
+            sequence.tokens += tokens
+        sequence.blocks, sequence.length, sequence.pending = pending.blocks, sequence.length + n, None
+        self._name_full_blocks(sequence)
+
+    def release(self, seq):
+        """Drop the open pass of a sequence, if there is one: its blocks are free again."""
+        sequence = self._sequence(seq)
+        pending, sequence.pending = sequence.pending, None
+        if pending is not None:
+            self._leave(pending, lambda block: None)
+            for block in reversed(pending.taken):
+                self.blocks.give(block)
+
+    def _leave(self, pending, give):
+        """Nobody is about to leave the shared block any more: it is given up now, or kept."""
+        if pending.left is not None:
+            self._leaving[pending.left] -= 1
+            give(pending.left)
+
+    def _name_full_blocks(self, sequence):
+        size, names = self.block_size, sequence.names
+        for index in range(len(names), len(sequence.tokens) // size):
+            parent, tokens = names[-1] if names else "", tuple(sequence.tokens[index * size : (index + 1) * size])
+            names.append(block_name(parent, tokens))
+            self.blocks.name(sequence.blocks[index], Label(names[-1], parent, tokens))
+
+
+# %% cell 33
+class BlockTables(PassBook):
+    """Which blocks hold which sequence. Bookkeeping without arrays: blocks and sequences are numbers.
+
+    >>> tables = BlockTables(num_blocks=4, block_size=4, max_seqs=2)
+    >>> first = tables.add_sequence()
+    >>> tables.reserve(first, 6), tables.commit(first, 6, tokens=[1, 2, 3, 4, 5, 6])
+    ([], None)
+    >>> second = tables.add_sequence([1, 2, 3, 4, 9])
+    >>> tables.length(second), tables.table(first), tables.table(second), tables.num_free()
+    (4, [0, 1], [0], 2)
     """
+
+    def add_sequence(self, tokens=None):
+        """A new sequence, and its id. tokens: its prompt; `length` says how much of it is here already."""
+        tokens = [] if tokens is None else token_list(tokens)
+        found = find_prefix(self.blocks, tokens, self.block_size)
+        length, names = len(found) * self.block_size, [self.blocks.labels[block].name for block in found]
+        return self._add(Sequence(found, length, tokens[:length], names))
+
+    def fork(self, seq):
+        """A second sequence with the same committed tokens, in the same blocks; its id."""
+        old = self._sequence(seq)
+        return self._add(Sequence(list(old.blocks), old.length, list(old.tokens), list(old.names)))
+
+    def truncate(self, seq, length):
+        """Keep the first tokens of a sequence."""
+        sequence = self._between_passes(seq)
+        if whole_number("length", length, least=0) > sequence.length:
+            raise ValueError(f"sequence {seq} holds {sequence.length} tokens: it cannot be cut to {length}")
+        for block in cut_sequence(sequence, length, self.block_size):
+            self.blocks.give(block)
+
+    def finish_sequence(self, seq):
+        """Give back what the sequence holds; its id is never used again."""
+        self.truncate(seq, 0)
+        del self._sequences[seq]
+
+
+# %% cell 37 (23-gather)
+def gather(layer, tables):
+    """One layer through block tables: (2, H_kv, num_blocks, block_size, D), (B, n) -> (2, B, H_kv, n*block_size, D)."""
+    num_heads, head_dim = layer.shape[1], layer.shape[4]
+    blocks = np.take(layer, tables, axis=2)  # (2, H_kv, B, n, block_size, D)
+    return blocks.reshape(2, num_heads, len(tables), -1, head_dim).swapaxes(1, 2)
+
+
+# %% cell 40
+class BlockStore:
+    """The numbers of all blocks, (L, 2, H_kv, num_blocks, block_size, D). Arrays without sequences."""
 
     def __init__(self, num_layers, num_blocks, num_heads, block_size, head_dim, dtype=np.float32, tracker=None):
         shape = (num_layers, 2, num_heads, num_blocks, block_size, head_dim)
@@ -376,8 +440,8 @@ class BlockStore:
             self._counted = tracker.allocate(math.prod(shape) * self.dtype.itemsize, purpose="kv_cache")
         try:
             self._keep(np.zeros(shape, self.dtype))
-        except BaseException:
-            self.close()
+        except BaseException:  # within the tracker's limit, and yet more than the machine can do
+            self._release()
             raise
 
     def _keep(self, array):
@@ -394,10 +458,8 @@ class BlockStore:
         self._slots[layer_idx][:, :, slots] = 0
 
     def read(self, layer_idx, tables):
-        """Key and value of one layer through tables (B, n), gathered: (2, H_kv, B, n * block_size, D)."""
-        layer = self.array[layer_idx]  # (2, H_kv, num_blocks, block_size, D)
-        gathered = np.take(layer, tables, axis=2)  # (2, H_kv, B, n, block_size, D)
-        return gathered.reshape(2, layer.shape[1], len(tables), -1, layer.shape[4])
+        """Keys and values of one layer through tables (B, n), a copy: (2, B, H_kv, n * block_size, D)."""
+        return gather(self.array[layer_idx], tables)
 
     def copy(self, pairs):
         """Copy whole blocks, (source, target) each, in every layer."""
@@ -407,20 +469,22 @@ class BlockStore:
     @property
     def nbytes(self):
         """Bytes of the array."""
-        return getattr(self, "array", np.empty(0)).nbytes
+        return self.array.nbytes
 
     def close(self):
         """Give the memory back, to the tracker as well. A second call does nothing."""
+        self._release()
+        self._keep(self.array[:, :, :, :0].copy())
+
+    def _release(self):
         counted, self._counted = self._counted, None
         if counted is not None:
             counted.close()
-        if self.nbytes:
-            self._keep(self.array[:, :, :, :0].copy())
 
 
-# %% cell 7
+# %% cell 42
 class PagedPool:
-    """Sequences in blocks: what a cache of one layer and that of a whole model have in common."""
+    """Sequences in blocks: what the cache of one layer and that of a whole model have in common."""
 
     def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, dtype, tracker):
         sizes = dict(num_blocks=num_blocks, block_size=block_size, num_layers=num_layers, num_heads=num_heads,
@@ -433,7 +497,7 @@ class PagedPool:
         self.dtype, self._tracker = self.store.dtype, tracker
 
     def add_sequence(self, tokens=None):
-        """A new sequence, and its id. tokens: its prompt; what is stored of it already need not be run again."""
+        """A new sequence, and its id. tokens: its prompt; `seq_len` says how much of it need not be run again."""
         return self.tables.add_sequence(tokens)
 
     def seq_len(self, seq):
@@ -441,7 +505,7 @@ class PagedPool:
         return self.tables.length(seq)
 
     def fork(self, seq):
-        """A second sequence with the same tokens: nothing is copied until one of them is written."""
+        """A second sequence with the same tokens, and its id: nothing is copied until one of the two is written."""
         return self.tables.fork(seq)
 
     def truncate(self, seq, length):
@@ -462,14 +526,14 @@ class PagedPool:
         return self.store.nbytes
 
     def get_memory_usage(self):
-        """Bytes allocated, and bytes of blocks that are held; MB are 2**20 bytes."""
-        used = self.nbytes * (self.num_blocks - self.num_free()) // max(self.num_blocks, 1)
-        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20, "used_bytes": used,
-                "cache_tensors": 2 * self.num_layers, "dtype": self.dtype.name,
-                "num_blocks": self.num_blocks, "free_blocks": self.num_free()}
+        """Bytes allocated, and bytes of the blocks that are held; MB are 2**20 bytes."""
+        held = self.num_blocks - self.num_free()
+        return {"total_bytes": self.nbytes, "total_mb": self.nbytes / 2**20,
+                "used_bytes": held * self.nbytes // max(self.num_blocks, 1), "cache_tensors": 2 * self.num_layers,
+                "dtype": self.dtype.name, "num_blocks": self.num_blocks, "free_blocks": self.num_free()}
 
     def close(self):
-        """Give the memory back: a pool without blocks. A second call does nothing."""
+        """Give the memory back, to the tracker as well: a pool without blocks. A second call does nothing."""
         self.store.close()
         self.num_blocks, self.tables = 0, BlockTables(0, self.block_size, self.max_seqs)
 
@@ -485,7 +549,7 @@ class PagedPool:
         return f"{type(self).__name__}({listed}, dtype={self.dtype.name}, free={self.num_free()})"
 
 
-# %% cell 8
+# %% cell 43
 class PagedKVCache(PagedPool):
     """The paged cache of one layer: sequences come and go, `update` appends to one of them.
 
@@ -504,22 +568,23 @@ class PagedKVCache(PagedPool):
     def update(self, seq, k, v, tokens=None):
         """Append T tokens, k and v (H, T, D). tokens: their ids, so that later prompts can find full blocks.
 
-        OutOfBlocks, a ValueError, where the pool is too full; what is refused changes nothing.
+        OutOfBlocks, a ValueError, where too few blocks are free. What is refused changes nothing.
         """
-        length, (k, v) = self.seq_len(seq), (self._checked(name, part) for name, part in (("k", k), ("v", v)))
-        tokens, count = None if tokens is None else token_list(tokens), k.shape[1]
+        start, k, v = self.seq_len(seq), self._checked("k", k), self._checked("v", v)
+        count, tokens = k.shape[1], None if tokens is None else token_list(tokens)
         if v.shape[1] != count or (tokens is not None and len(tokens) != count):
-            raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and tokens {tokens}: "
+            raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and the tokens {tokens}: "
                              "they must be as many")
         self.store.copy(self.tables.reserve(seq, count))
-        slots = slots_of(self.tables.table(seq, pending=True), length, length + count, self.block_size)
+        slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
         self.store.write(0, slots, k, v)
         self.tables.commit(seq, count, tokens)
 
     def get_kv(self, seq):
         """Keys and values of a sequence, (H, len, D) each; copies."""
-        tables, length = np.array([self.tables.table(seq)], int), self.seq_len(seq)
-        return tuple(self.store.read(0, tables)[:, :, 0, :length])
+        table, length = np.array([self.tables.table(seq)], int), self.seq_len(seq)
+        key, value = self.store.read(0, table)[:, 0, :, :length]
+        return key, value
 
     def _checked(self, name, tokens):
         array = np.asarray(tokens.data if isinstance(tokens, Tensor) else tokens)
@@ -528,14 +593,11 @@ class PagedKVCache(PagedPool):
         return check_tokens(name, array[None], 1, self.num_heads, self.head_dim, self.dtype)[0]
 
 
-# %% cell 9
+# %% cell 46
 class PagedModelKVCache(PagedPool):
-    """The paged cache of a whole model: one table per sequence serves all layers.
+    """The paged cache of a whole model: one table per sequence serves all layers; `rows` makes a batch.
 
-    `rows` makes a batch of some of the sequences, with the contract of every cache:
-
-        with pool.rows(ids).attached_to(model, n_new=counts):
-            logits = model(padded)
+    Sequences are added, forked, cut and finished between passes, from one thread.
     """
 
     def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, *,
@@ -564,7 +626,7 @@ class PagedModelKVCache(PagedPool):
         return self.clone()
 
 
-# %% cell 10
+# %% cell 47
 class TableLedger(CacheLedger):
     """A ledger whose lengths stand in the block tables, and are changed there only."""
 
@@ -574,6 +636,7 @@ class TableLedger(CacheLedger):
 
     @property
     def lengths(self):
+        """Committed tokens per row."""
         return [self.tables.length(seq) for seq in self.seqs]
 
     @lengths.setter
@@ -584,25 +647,26 @@ class TableLedger(CacheLedger):
 class OpenPass(NamedTuple):
     """Where a pass writes and reads, the same in every layer."""
 
-    rows: np.ndarray  # of the new tokens of all rows: the row of each,
+    rows: np.ndarray  # of each new token of all rows: its row,
     steps: np.ndarray  # its place in the chunk,
     slots: np.ndarray  # and the slot that it will fill
     tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
     visible: list  # per row, tokens that are stored and new
-    pos: np.ndarray  # (B, S)
 
 
+# %% cell 48
 class PagedRows(CacheDoor, CacheRows):
-    """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every step.
+    """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every pass.
 
     seqs: the ids, one per row; `reorder` changes them. tokens: per row, the ids that the next pass brings (or None):
     full blocks then get names. A pass that finds too few free blocks raises OutOfBlocks and changes nothing.
+    max_seq_len: the tokens that one row can be given; by default, all that the pool has room for.
     """
 
     def __init__(self, pool, seqs, tokens=None, *, max_seq_len=None, owns_pool=False):
         self.pool, self.seqs, self.tokens, self.owns_pool = pool, list(seqs), tokens, owns_pool
         if not self.seqs or len(set(self.seqs)) < len(self.seqs):
-            raise ValueError(f"rows need sequences, each of them once, got {self.seqs}")
+            raise ValueError(f"a batch needs sequences, each of them once, got {self.seqs}")
         self.batch_size, self.num_layers = len(self.seqs), pool.num_layers
         self.num_heads, self.head_dim = pool.num_heads, pool.head_dim
         self.dtype, self.strict, self._lock = pool.dtype, pool.strict, pool.lock
@@ -630,12 +694,11 @@ class PagedRows(CacheDoor, CacheRows):
         now = self._open
         key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
         self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._gathered(layer_idx, now.tables, now.visible), now.pos)
+        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        layer_idx, lengths = self._layer(layer_idx), self.seq_lens
-        return self._gathered(layer_idx, self._tables(pending=False), lengths)
+        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
 
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
@@ -645,9 +708,7 @@ class PagedRows(CacheDoor, CacheRows):
 
     def reset(self):
         """Empty again: every row has 0 tokens, its blocks are free."""
-        self.abandon()
-        for seq in self.seqs:
-            self.pool.truncate(seq, 0)
+        self.truncate(0)
 
     def clone(self):
         """An independent copy of what is committed: forks, or a pool of its own if these rows have one."""
@@ -656,8 +717,8 @@ class PagedRows(CacheDoor, CacheRows):
         return PagedRows(self.pool, [self.pool.fork(seq) for seq in self.seqs], max_seq_len=self.max_seq_len)
 
     def close(self):
-        """The sequences end; with a pool of their own, its memory is given back. A second call does nothing."""
-        if isinstance(self._ledger, TableLedger):
+        """The sequences end; a pool of their own gives its memory back. A second call does nothing."""
+        if self.max_seq_len:
             self.abandon()
             for seq in self.seqs:
                 self.pool.finish_sequence(seq)
@@ -672,6 +733,7 @@ class PagedRows(CacheDoor, CacheRows):
         self.close()
 
     def _open_pass(self, lengths):
+        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
         tables, starts = self.pool.tables, self.seq_lens
         counts = [stop - start for start, stop in zip(starts, lengths)]
         named = counts if self.tokens is None else [len(token_list(row)) for row in self.tokens]
@@ -682,9 +744,8 @@ class PagedRows(CacheDoor, CacheRows):
             self.pool.store.copy(copies)
             slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
                      for seq, start, stop in zip(self.seqs, starts, lengths)]
-            self._open = OpenPass(
-                np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts]),
-                np.concatenate(slots), self._tables(pending=True), lengths, slot_positions(lengths))
+            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
+            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths)
         except BaseException:
             self._release()
             raise
@@ -707,8 +768,8 @@ class PagedRows(CacheDoor, CacheRows):
         longest = max(map(len, tables))
         return np.array([table + [0] * (longest - len(table)) for table in tables], int)
 
-    def _gathered(self, layer_idx, tables, lengths):
-        both = self.pool.store.read(layer_idx, tables)[..., : max(lengths), :].swapaxes(1, 2)  # (2, B, H, S, D)
+    def _read_through(self, layer_idx, tables, lengths):
+        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
         for row, length in enumerate(lengths):
             both[:, row, :, length:] = 0
         both.flags.writeable = False
@@ -729,11 +790,12 @@ class PagedRows(CacheDoor, CacheRows):
             seen.add(source)
 
 
+# %% cell 49
 def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, block_size=16, num_blocks=None,
                    dtype=np.float32, strict=False, tracker=None):
     """A paged cache for a batch, with a pool of its own: a factory for enable_kv_cache.
 
-    num_blocks: fewer than all rows need at full length is allowed; then OutOfBlocks may end a pass.
+    num_blocks: fewer than all rows need at full length are allowed; then OutOfBlocks may end a pass.
     """
     batch_size, max_seq_len = whole_number("batch_size", batch_size), whole_number("max_seq_len", max_seq_len)
     if num_blocks is None:
@@ -744,18 +806,7 @@ def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, 
     return PagedRows(pool, seqs, max_seq_len=max_seq_len, owns_pool=True)
 
 
-# %% cell 12
-import itertools
-from collections.abc import Iterable
-from typing import Any
-
-from tinytorch.core.autograd import no_grad
-from tinytorch.core.tensor import default_rng
-from tinytorch.generation.kv_cache import stored_heads
-from tinytorch.models.transformer import check_prompt, check_sampling, evaluating, sample_next
-
-
-# %% cell 19
+# %% cell 66
 @dataclass(eq=False)
 class Request:
     """What a client asks for, and what the Scheduler makes of it.
@@ -782,7 +833,7 @@ class Request:
     rng: Any = field(default=None, init=False, repr=False)
 
 
-# %% cell 21 (23-budget)
+# %% cell 68 (23-budget)
 def share_budget(lacks, budget):
     """How many tokens each request runs in one step: who lacks one first, then the others, each group in order.
 
@@ -800,7 +851,7 @@ def share_budget(lacks, budget):
     return counts
 
 
-# %% cell 24 (23-to-run)
+# %% cell 71 (23-to-run)
 def tokens_to_run(prompt, tokens, stored):
     """The ids that the cache lacks. prompt, tokens: ids given and generated; stored: how many ids the cache holds.
 
@@ -810,7 +861,7 @@ def tokens_to_run(prompt, tokens, stored):
     return (prompt + tokens)[stored:]
 
 
-# %% cell 27
+# %% cell 74
 class RequestQueues:
     """Requests that wait and requests that run, in order of arrival. Bookkeeping: BlockTables, no arrays, no model.
 
@@ -869,7 +920,7 @@ class RequestQueues:
         return False
 
 
-# %% cell 29 (23-make-room)
+# %% cell 76 (23-make-room)
 class StepPlanner(RequestQueues):
     """Decides what runs in the next step."""
 
@@ -909,7 +960,7 @@ class StepPlanner(RequestQueues):
         return plan
 
 
-# %% cell 32
+# %% cell 79
 def check_request(request, model, cache):
     """Prompt, stop ids and random numbers of a request that can be served, or a ValueError that says what cannot."""
     if request.request_id is not None:
@@ -931,7 +982,7 @@ def check_request(request, model, cache):
     return ids[0].tolist(), stop_ids, np.random.default_rng(seed)
 
 
-# %% cell 33 (23-postprocess)
+# %% cell 80 (23-postprocess)
 class Scheduler(StepPlanner):
     """Serves many requests at once from one pool of blocks; every text is the one that `generate` gives it alone.
 
