@@ -1166,7 +1166,10 @@ becomes the nearest step, counted from the smallest. With 2 bits there are four 
     back      1.0   1.0   3.0   4.0      low + code * scale
 
 Zero need not be in the range (the papers call this *asymmetric*). No number is off by more than half a step.
+"""
 
+# %% [markdown]
+"""
 *Predict.* A group runs from -1.5 to 6. How far off can a number be with 4 bits, and with 2? And how many bytes
 are one token's key and value, one head of D = 64 in groups of 32, in 8, 4 and 2 bits, each group with a scale and a low
 in float32? (In float32 they are 512.)
@@ -1202,10 +1205,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Build both directions. `x` comes in float64: from -3e38 to 3e38 the range does not fit in float32. Three things to
-watch: each group along `axis` has a range of its own (`keepdims=True` keeps the shapes fit for each other); rounding
-goes to the *nearest* step (`np.rint`); and where all numbers of a group are equal the scale is 0, and 0 / 0 is no
-code.
+Build both directions. Each group along `axis` has a range of its own (`keepdims=True` keeps the shapes fit for each
+other); rounding goes to the *nearest* step (`np.rint`); and where all numbers of a group are equal the scale is 0, and
+0 / 0 is no code. `x` is float64 there: from -3e38 to 3e38 the range does not fit in float32.
 
 `float32_above` (given) stores the step. Rounded down, even by a little, it would not reach the group's largest number.
 """
@@ -1459,7 +1461,10 @@ if __name__ == "__main__":
 """
 Small groups follow the numbers closely, and pay for their scales. We take 32, as KIVI does (below); a head whose size 32
 does not divide is one group.
+"""
 
+# %% [markdown]
+"""
 ### B3. Along which axis?
 
 A group may be numbers of one *token*, or numbers of one *channel* (one of the D columns) over several tokens. In
@@ -1471,19 +1476,18 @@ random numbers that makes no difference. In keys of large models it does: a few 
     k2  [ 0.3   0.1   9.2   0.0]      k2    0.3 |  0.1 |  9.2 |  0.0
 
 One large channel widens the range of *every* token group, and its neighbours share the few codes that are left. Of the
-channel groups, only its own is wide. But a token arrives with one number for each channel: a channel group is whole only
-after `group_size` tokens.
+channel groups, only its own is wide. But a channel group is whole only after `group_size` tokens.
 """
 
 # %% [markdown]
 """
 So the newest keys *wait* as they are, in float32, until their group is whole. Then it is frozen: quantised once, and
-never again. Groups of 3 tokens, five of them waiting and new:
+never again. Groups of 3 tokens, of which 2 wait and 3 come:
 
     waiting  a b      new  c d e      groups  [a b c]      waiting  d e
 
-Which token is in which group depends on its position alone, so all ways to cut a text into chunks freeze the same
-groups. A group that is quantised as it grows depends on them, and each time loses a little more.
+A token's position says which group it is in, so all ways to cut a text into chunks freeze the same groups. A group
+that is quantised again as it grows would depend on them, and lose a little each time.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "22-groups", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1605,7 +1609,8 @@ class GroupFormat:
         x = dequantize(codes, scale.reshape(*outer, *groups), low.reshape(*outer, *groups))
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
-
+# %%
+#| export
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
@@ -1789,7 +1794,8 @@ class QuantizedKVCache:
 A check without a hole, for your functions together. A slow oracle: each group on its own, in plain loops.
 """
 
-# %% nbgrader={"grade": true, "grade_id": "22-quantized-cache-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
+# %%
+# The oracle: plain loops, one number after the other.
 def slow_group(numbers, bits):
     """A list of numbers through 2**bits points between its smallest and largest, one by one, in float64."""
     low, high = min(numbers), max(numbers)
@@ -1811,7 +1817,7 @@ def slow_quantized(x, bits, axis, group_size):
         bound[place] = step / 2
     return back, bound
 
-
+# %% nbgrader={"grade": true, "grade_id": "22-quantized-cache-test", "locked": true, "points": 4, "schema_version": 3, "solution": false, "task": false}
 def check_cache(bits, key_axis, chunks, group_size=4):
     """Half a step, by the slow loops; and the same bytes as when all tokens come at once."""
     rng, total = np.random.default_rng(bits), sum(chunks)
@@ -1918,9 +1924,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Two papers found it within a month, in Llama and other models: Hooper et al. 2024, *KVQuant* (arXiv 2401.18079,
-section 3.1), and Liu et al. 2024, *KIVI* (arXiv 2402.02750, section 3). In keys a few channels are large in every token; in
-values they are not, and a token's value is multiplied by one weight, so its error should stay its own. Hence: keys
-along the channel, values along the token, and the newest keys as they are.
+section 3.1), and Liu et al. 2024, *KIVI* (arXiv 2402.02750, section 3). A few channels are large in every key, but not
+in values. Hence: keys along the channel, values along the token, and the newest keys as they are.
 
 *Look back.* KIVI keeps the last 128 tokens whole, we keep less than a group. What does that buy, and what does it cost?
 (Attention looks at the newest most; a token in float32 takes as many bytes as 32 / 6 tokens in groups of 32 with 4 bits.)
@@ -2444,13 +2449,12 @@ disk, and pays by taking many requests at once: throughput, not speed.
 """
 ## D. The table
 
-Small caches, and what they cost: on real text that the model has never seen, with the GPT that the demo trained. Each cache
-gets the same windows of text, a few tokens at a time, so that attention really reads what the cache kept. Measured:
+What do small caches cost, on real text that the model has never seen? The demo's GPT reads the same windows of text
+through each, a few tokens at a time, so that attention really reads what the cache kept:
 
-* *bytes* of the cache;
 * *logit error*: the largest difference of a logit from the float32 cache;
-* *perplexity*: e to the mean loss in nats. 20 means: as unsure as between 20 equally likely tokens;
-* *ms per token*: the median of single steps with a full cache, all rows at once.
+* *perplexity*: e to the mean loss. 20 means: as unsure as between 20 equally likely tokens;
+* *ms per token*: the median of single steps at the end of the text, all rows at once.
 
 *Predict.* Which will be worse for this model: to forget all but the last 64 tokens, or to keep all of them in 2 bits?
 """

@@ -19,7 +19,7 @@
 **You build** what serves many conversations from one memory: blocks handed out on demand, a table for each
 sequence, and beginnings that are stored once for all who share them. Then the scheduler that keeps the batch full.
 
-**Needs** lessons 01, 12, 13, 14 and 17. **Exported** to `tinytorch.generation.paged`. **Time** 90 minutes.
+**Needs** lessons 01, 05, 12, 13, 14 and 17. **Exported** to `tinytorch.generation.paged`. **Time** 90 minutes.
 Long cells without a hole are given: read their docstrings, come back for the rest.
 """
 
@@ -727,7 +727,9 @@ class PassBook(SequenceBook):
 
     def reserve_all(self, seqs, counts):
         """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
-        sequences = [self._between_passes(seq) for seq in seqs]
+        sequences, counts = [self._between_passes(seq) for seq in seqs], [whole_number("n", n, least=0) for n in counts]
+        if not len(set(seqs)) == len(seqs) == len(counts):
+            raise ValueError(f"each sequence is named once, with its tokens, got {list(seqs)} and {counts}")
         plans = self._plans(sequences, counts)
         needed = sum(copies + num_new for _, copies, num_new in plans)
         if needed > self.num_free():
@@ -1006,9 +1008,9 @@ class PagedPool:
                      head_dim=head_dim, max_seqs=max_seqs)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.store = BlockStore(self.num_layers, self.num_blocks, self.num_heads, self.block_size, self.head_dim,
                                 dtype, tracker)
+        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.dtype, self._tracker = self.store.dtype, tracker
 
     def add_sequence(self, tokens=None):
@@ -1090,9 +1092,14 @@ class PagedKVCache(PagedPool):
         if v.shape[1] != count or (tokens is not None and len(tokens) != count):
             raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and the tokens {tokens}: "
                              "they must be as many")
-        self.store.copy(self.tables.reserve(seq, count))
-        slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
-        self.store.write(0, slots, k, v)
+        pairs = self.tables.reserve(seq, count)
+        try:
+            self.store.copy(pairs)
+            slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
+            self.store.write(0, slots, k, v)
+        except BaseException:  # Ctrl-C
+            self.tables.release(seq)
+            raise
         self.tables.commit(seq, count, tokens)
 
     def get_kv(self, seq):
@@ -1231,11 +1238,79 @@ class OpenPass(NamedTuple):
     steps: np.ndarray  # its place in the chunk,
     slots: np.ndarray  # and the slot that it will fill
     tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
-    visible: list  # per row, tokens that are stored and new
+    visible: list  # per row, how many tokens are stored and new
+    tokens: list  # per row, the ids of the new ones, or None
 
 # %%
 #| export
-class PagedRows(CacheDoor, CacheRows):
+class PagedPass(CacheDoor):
+    """What the rows of a pool do in a pass: open it, write, read, and keep or drop what was written."""
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        now = self._open
+        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
+        self.pool.store.write(layer_idx, now.slots, key, value)
+        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
+
+    def get(self, layer_idx):
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
+        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+
+    def abandon(self):
+        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
+        if self._open is not None:
+            self._release()
+        self._ledger.close_pass()
+
+    def _open_pass(self, lengths):
+        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
+        tables, starts = self.pool.tables, self.seq_lens
+        counts = [stop - start for start, stop in zip(starts, lengths)]
+        tokens = [None] * self.batch_size if self.tokens is None else [token_list(row) for row in self.tokens]
+        if self.tokens is not None and [len(row) for row in tokens] != counts:
+            raise ValueError(f"tokens names {[len(row) for row in tokens]} ids per row, the pass brings {counts}")
+        copies = tables.reserve_all(self.seqs, counts)
+        try:
+            self.pool.store.copy(copies)
+            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
+                     for seq, start, stop in zip(self.seqs, starts, lengths)]
+            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
+            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths, tokens)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self):
+        self._open = None
+        for seq in self.seqs:
+            self.pool.tables.release(seq)
+
+    def _keep_pass(self):
+        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
+        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
+            self.pool.store.clear(layer_idx, self._open.slots)
+        done, self._open, self.tokens = self._open, None, None
+        for seq, n, tokens in zip(self.seqs, self._ledger.n_new, done.tokens):
+            self.pool.tables.commit(seq, n, tokens)
+
+    def _tables(self, pending):
+        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
+        longest = max(map(len, tables))
+        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
+
+    def _read_through(self, layer_idx, tables, lengths):
+        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
+        for row, length in enumerate(lengths):
+            both[:, row, :, length:] = 0
+        both.flags.writeable = False
+        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+
+# %%
+#| export
+class PagedRows(PagedPass, CacheRows):
     """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every pass.
 
     seqs: the ids, one per row; `reorder` changes them. tokens: per row, the ids that the next pass brings (or None):
@@ -1267,25 +1342,6 @@ class PagedRows(CacheDoor, CacheRows):
         """That of the whole pool."""
         return self.pool.get_memory_usage()
 
-    def update(self, layer_idx, key, value, n_new=None):
-        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
-        with self._lock:
-            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
-        now = self._open
-        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
-        self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
-
-    def get(self, layer_idx):
-        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
-
-    def abandon(self):
-        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
-        if self._open is not None:
-            self._release()
-        self._ledger.close_pass()
-
     def reset(self):
         """Empty again: every row has 0 tokens, its blocks are free."""
         self.truncate(0)
@@ -1294,7 +1350,15 @@ class PagedRows(CacheDoor, CacheRows):
         """An independent copy of what is committed: forks, or a pool of its own if these rows have one."""
         if self.owns_pool:
             return PagedRows(self.pool.clone(), self.seqs, max_seq_len=self.max_seq_len, owns_pool=True)
-        return PagedRows(self.pool, [self.pool.fork(seq) for seq in self.seqs], max_seq_len=self.max_seq_len)
+        forks = []
+        try:
+            for seq in self.seqs:
+                forks.append(self.pool.fork(seq))
+        except ValueError:  # max_seqs: nothing is changed
+            for seq in forks:
+                self.pool.finish_sequence(seq)
+            raise
+        return PagedRows(self.pool, forks, max_seq_len=self.max_seq_len)
 
     def close(self):
         """The sequences end; a pool of their own gives its memory back. A second call does nothing."""
@@ -1311,49 +1375,6 @@ class PagedRows(CacheDoor, CacheRows):
 
     def __exit__(self, *error):
         self.close()
-
-    def _open_pass(self, lengths):
-        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
-        tables, starts = self.pool.tables, self.seq_lens
-        counts = [stop - start for start, stop in zip(starts, lengths)]
-        named = counts if self.tokens is None else [len(token_list(row)) for row in self.tokens]
-        if named != counts:
-            raise ValueError(f"tokens names {named} ids per row, the pass brings {counts}")
-        copies = tables.reserve_all(self.seqs, counts)
-        try:
-            self.pool.store.copy(copies)
-            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
-                     for seq, start, stop in zip(self.seqs, starts, lengths)]
-            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
-            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths)
-        except BaseException:
-            self._release()
-            raise
-
-    def _release(self):
-        self._open = None
-        for seq in self.seqs:
-            self.pool.tables.release(seq)
-
-    def _keep_pass(self):
-        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
-        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
-            self.pool.store.clear(layer_idx, self._open.slots)
-        tokens, self.tokens, self._open = self.tokens or [None] * self.batch_size, None, None
-        for seq, n, row in zip(self.seqs, self._ledger.n_new, tokens):
-            self.pool.tables.commit(seq, n, row)
-
-    def _tables(self, pending):
-        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
-        longest = max(map(len, tables))
-        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
-
-    def _read_through(self, layer_idx, tables, lengths):
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
-        for row, length in enumerate(lengths):
-            both[:, row, :, length:] = 0
-        both.flags.writeable = False
-        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
 
     def _forget(self, kept, stored):
         self.abandon()  # a pool cuts no sequence with an open pass
@@ -1597,7 +1618,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 So let the unit that we schedule be one *step* of the model, not one request (Yu et al., *Orca*, OSDI 2022, section
-3.1: iteration-level scheduling). After each step, who is done leaves, and who waits comes in: **continuous batching**.
+3: iteration-level scheduling). After each step, who is done leaves, and who waits comes in: **continuous batching**.
 
     step          1 2 3 4 5 6 7 8 9 10        two rows; A wants 7 tokens, B 2, C 2, D 3
     static        A A A A A A A C C .
@@ -1738,8 +1759,8 @@ if __name__ == "__main__":
 """
 ## 12. What is still to run
 
-A request may have to give its blocks back in mid-text and be *resumed* later. That sounds like a special case, as does
-a chunk, and decoding itself. It is one rule: the text is the prompt and all that was generated; run what the cache lacks.
+A request may have to give its blocks back in mid-text, and be *resumed* later. That sounds like a special case, as do
+chunks, and decoding. It is one rule: the text is the prompt and all that was generated; run what the cache lacks.
 
     prompt a b c d, generated        stored     to run
     new                       -         0       a b c d
@@ -1748,7 +1769,7 @@ a chunk, and decoding itself. It is one rule: the text is the prompt and all tha
     resumed                 x y z       0       a b c d x y z
     resumed, prefix found   x y z       2       c d x y z
 
-In every row one token is drawn when the last of these has run, and not before.
+A token is drawn when the last of these has run, and not before: no token is lost, none comes twice.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "23-to-run", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -2253,8 +2274,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The tokens per second grow, since each weight that is read serves more rows; the last in the queue gains more than
-that, for it no longer waits for whole texts.
+On a free machine the tokens per second grow, since each weight that is read serves more rows. The last in the queue
+gains more than that: it no longer waits for whole texts. (Are 16 rows slower than 4? Then the threads of the matrix
+product wait for processors that others use: start Python with `OPENBLAS_NUM_THREADS=1`.)
 
 What does the budget do? Four requests are decoding when a prompt of 480 tokens comes in. *Predict:* with a smaller
 budget, what gets better, what gets worse?
@@ -2339,10 +2361,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* Why may a request whose text fits the pool alone always end? (It becomes the oldest; the oldest never gives
-way while another runs, and every step runs a token of it or ends others sooner.) What would go wrong if a short request
-could overtake a long one that waits for blocks? Where does a resumed request find part of its text? (In blocks that
-were freed, and not yet taken again: look at the doubled letters in the tables of a run of your own.)
+*Look back.* Why does a request whose text fits the pool alone always end? (It becomes the oldest, which never gives way
+while another runs; and a step runs at least one token of everybody who runs.) Where does a resumed request find part
+of its text? (In its own blocks: given back, still named, `:` in the picture.) What goes wrong if short requests may
+overtake a long one that waits for blocks? (While they keep coming, it waits for ever.)
 """
 
 # %% [markdown]
@@ -2403,12 +2425,13 @@ if __name__ == "__main__":
 """
 **In five lines.** Memory is cut into blocks, and a table says where a sequence's tokens are. Blocks are counted: who
 shares one copies it before writing. Full blocks have names, chained from the beginning, so a prompt finds what was
-computed for another. Free blocks keep what they hold until they are needed. Bookkeeping knows no arrays, arrays know
-no sequences.
+computed for another. Free blocks keep what they hold until they are needed. Before every step the scheduler decides
+anew who runs; when blocks run out the newest gives way, and its text is run again.
 
 **Exercises.** (1) `paged_kv_cache(..., dtype=np.float16)`: how many conversations more, how much slower? (2) Free the
 *first* blocks of a sequence first, and run `show_prefix` in a small pool. (3) Let the blocks of two requests that run
-the same prompt at the same time become one.
+the same prompt at the same time become one. (4) Let the smallest request of those who wait run first: who gains, who
+waits for ever?
 """
 
 # %% [markdown]

@@ -498,7 +498,7 @@ from dataclasses import dataclass
 from tinytorch.generation.kv_cache import check_chunk, slot_positions, write_tokens
 
 
-# %% cell 61 (22-quantize)
+# %% cell 62 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -538,7 +538,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 64 (22-pack)
+# %% cell 65 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -570,7 +570,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 67 (22-quantized-bytes)
+# %% cell 68 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -581,7 +581,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 72 (22-groups)
+# %% cell 74 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -597,7 +597,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 75
+# %% cell 77
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -653,6 +653,7 @@ class GroupFormat:
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
 
+# %% cell 78
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
@@ -676,7 +677,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 76
+# %% cell 79
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -751,7 +752,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 77
+# %% cell 80
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -832,7 +833,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 81
+# %% cell 85
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -847,7 +848,7 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 86
+# %% cell 90
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
@@ -934,7 +935,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 91 (22-state)
+# %% cell 95 (22-state)
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
@@ -949,7 +950,7 @@ def cache_state(cache):
     }
 
 
-# %% cell 94 (22-state-problem)
+# %% cell 98 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
     if set(state) != {"key", "value", "lengths"}:
@@ -972,7 +973,7 @@ def state_problem(state, cache):
     return None
 
 
-# %% cell 98
+# %% cell 102
 def require_tokens(cache):
     """NotImplementedError for a cache that compresses or forgets what it was given."""
     if isinstance(cache, PendingKVCache):
@@ -991,7 +992,7 @@ def save_cache(cache, path):
     save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
 
 
-# %% cell 99
+# %% cell 103
 def cache_for(state, metadata, path):
     """An empty KVCache of the sizes that a file names."""
     shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
@@ -1034,7 +1035,7 @@ def load_cache(path, cache=None):
     return cache
 
 
-# %% cell 103
+# %% cell 107
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):
@@ -1078,7 +1079,7 @@ class OffloadedKVCache(KVCache):
         return {**super()._options(), "folder": self._folder}
 
 
-# %% cell 109
+# %% cell 113
 import time
 from contextlib import ExitStack
 

@@ -29,6 +29,7 @@ __all__ = [
     "PagedModelKVCache",
     "TableLedger",
     "OpenPass",
+    "PagedPass",
     "PagedRows",
     "paged_kv_cache",
     "Request",
@@ -315,7 +316,9 @@ class PassBook(SequenceBook):
 
     def reserve_all(self, seqs, counts):
         """`reserve` for several sequences, all or none: OutOfBlocks before anything has changed."""
-        sequences = [self._between_passes(seq) for seq in seqs]
+        sequences, counts = [self._between_passes(seq) for seq in seqs], [whole_number("n", n, least=0) for n in counts]
+        if not len(set(seqs)) == len(seqs) == len(counts):
+            raise ValueError(f"each sequence is named once, with its tokens, got {list(seqs)} and {counts}")
         plans = self._plans(sequences, counts)
         needed = sum(copies + num_new for _, copies, num_new in plans)
         if needed > self.num_free():
@@ -491,9 +494,9 @@ class PagedPool:
                      head_dim=head_dim, max_seqs=max_seqs)
         for name, value in sizes.items():
             setattr(self, name, whole_number(name, value))
-        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.store = BlockStore(self.num_layers, self.num_blocks, self.num_heads, self.block_size, self.head_dim,
                                 dtype, tracker)
+        self.tables = BlockTables(self.num_blocks, self.block_size, self.max_seqs)
         self.dtype, self._tracker = self.store.dtype, tracker
 
     def add_sequence(self, tokens=None):
@@ -575,9 +578,14 @@ class PagedKVCache(PagedPool):
         if v.shape[1] != count or (tokens is not None and len(tokens) != count):
             raise ValueError(f"keys of {count} tokens came with values of {v.shape[1]} and the tokens {tokens}: "
                              "they must be as many")
-        self.store.copy(self.tables.reserve(seq, count))
-        slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
-        self.store.write(0, slots, k, v)
+        pairs = self.tables.reserve(seq, count)
+        try:
+            self.store.copy(pairs)
+            slots = slots_of(self.tables.table(seq, pending=True), start, start + count, self.block_size)
+            self.store.write(0, slots, k, v)
+        except BaseException:  # Ctrl-C
+            self.tables.release(seq)
+            raise
         self.tables.commit(seq, count, tokens)
 
     def get_kv(self, seq):
@@ -651,11 +659,79 @@ class OpenPass(NamedTuple):
     steps: np.ndarray  # its place in the chunk,
     slots: np.ndarray  # and the slot that it will fill
     tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
-    visible: list  # per row, tokens that are stored and new
+    visible: list  # per row, how many tokens are stored and new
+    tokens: list  # per row, the ids of the new ones, or None
 
 
 # %% cell 48
-class PagedRows(CacheDoor, CacheRows):
+class PagedPass(CacheDoor):
+    """What the rows of a pool do in a pass: open it, write, read, and keep or drop what was written."""
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        now = self._open
+        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
+        self.pool.store.write(layer_idx, now.slots, key, value)
+        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
+
+    def get(self, layer_idx):
+        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
+        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+
+    def abandon(self):
+        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
+        if self._open is not None:
+            self._release()
+        self._ledger.close_pass()
+
+    def _open_pass(self, lengths):
+        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
+        tables, starts = self.pool.tables, self.seq_lens
+        counts = [stop - start for start, stop in zip(starts, lengths)]
+        tokens = [None] * self.batch_size if self.tokens is None else [token_list(row) for row in self.tokens]
+        if self.tokens is not None and [len(row) for row in tokens] != counts:
+            raise ValueError(f"tokens names {[len(row) for row in tokens]} ids per row, the pass brings {counts}")
+        copies = tables.reserve_all(self.seqs, counts)
+        try:
+            self.pool.store.copy(copies)
+            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
+                     for seq, start, stop in zip(self.seqs, starts, lengths)]
+            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
+            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths, tokens)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self):
+        self._open = None
+        for seq in self.seqs:
+            self.pool.tables.release(seq)
+
+    def _keep_pass(self):
+        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
+        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
+            self.pool.store.clear(layer_idx, self._open.slots)
+        done, self._open, self.tokens = self._open, None, None
+        for seq, n, tokens in zip(self.seqs, self._ledger.n_new, done.tokens):
+            self.pool.tables.commit(seq, n, tokens)
+
+    def _tables(self, pending):
+        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
+        longest = max(map(len, tables))
+        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
+
+    def _read_through(self, layer_idx, tables, lengths):
+        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
+        for row, length in enumerate(lengths):
+            both[:, row, :, length:] = 0
+        both.flags.writeable = False
+        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+
+
+# %% cell 49
+class PagedRows(PagedPass, CacheRows):
     """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every pass.
 
     seqs: the ids, one per row; `reorder` changes them. tokens: per row, the ids that the next pass brings (or None):
@@ -687,25 +763,6 @@ class PagedRows(CacheDoor, CacheRows):
         """That of the whole pool."""
         return self.pool.get_memory_usage()
 
-    def update(self, layer_idx, key, value, n_new=None):
-        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
-        with self._lock:
-            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
-        now = self._open
-        key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
-        self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
-
-    def get(self, layer_idx):
-        """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
-
-    def abandon(self):
-        """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
-        if self._open is not None:
-            self._release()
-        self._ledger.close_pass()
-
     def reset(self):
         """Empty again: every row has 0 tokens, its blocks are free."""
         self.truncate(0)
@@ -714,7 +771,15 @@ class PagedRows(CacheDoor, CacheRows):
         """An independent copy of what is committed: forks, or a pool of its own if these rows have one."""
         if self.owns_pool:
             return PagedRows(self.pool.clone(), self.seqs, max_seq_len=self.max_seq_len, owns_pool=True)
-        return PagedRows(self.pool, [self.pool.fork(seq) for seq in self.seqs], max_seq_len=self.max_seq_len)
+        forks = []
+        try:
+            for seq in self.seqs:
+                forks.append(self.pool.fork(seq))
+        except ValueError:  # max_seqs: nothing is changed
+            for seq in forks:
+                self.pool.finish_sequence(seq)
+            raise
+        return PagedRows(self.pool, forks, max_seq_len=self.max_seq_len)
 
     def close(self):
         """The sequences end; a pool of their own gives its memory back. A second call does nothing."""
@@ -732,49 +797,6 @@ class PagedRows(CacheDoor, CacheRows):
     def __exit__(self, *error):
         self.close()
 
-    def _open_pass(self, lengths):
-        """Reserve the blocks of all rows, or none, and copy what is shared and will be written."""
-        tables, starts = self.pool.tables, self.seq_lens
-        counts = [stop - start for start, stop in zip(starts, lengths)]
-        named = counts if self.tokens is None else [len(token_list(row)) for row in self.tokens]
-        if named != counts:
-            raise ValueError(f"tokens names {named} ids per row, the pass brings {counts}")
-        copies = tables.reserve_all(self.seqs, counts)
-        try:
-            self.pool.store.copy(copies)
-            slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
-                     for seq, start, stop in zip(self.seqs, starts, lengths)]
-            rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
-            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths)
-        except BaseException:
-            self._release()
-            raise
-
-    def _release(self):
-        self._open = None
-        for seq in self.seqs:
-            self.pool.tables.release(seq)
-
-    def _keep_pass(self):
-        """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
-        for layer_idx in set(range(self.num_layers)) - self._ledger.written:
-            self.pool.store.clear(layer_idx, self._open.slots)
-        tokens, self.tokens, self._open = self.tokens or [None] * self.batch_size, None, None
-        for seq, n, row in zip(self.seqs, self._ledger.n_new, tokens):
-            self.pool.tables.commit(seq, n, row)
-
-    def _tables(self, pending):
-        tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
-        longest = max(map(len, tables))
-        return np.array([table + [0] * (longest - len(table)) for table in tables], int)
-
-    def _read_through(self, layer_idx, tables, lengths):
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
-        for row, length in enumerate(lengths):
-            both[:, row, :, length:] = 0
-        both.flags.writeable = False
-        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
-
     def _forget(self, kept, stored):
         self.abandon()  # a pool cuts no sequence with an open pass
         for seq, length in zip(self.seqs, kept):
@@ -790,7 +812,7 @@ class PagedRows(CacheDoor, CacheRows):
             seen.add(source)
 
 
-# %% cell 49
+# %% cell 50
 def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, block_size=16, num_blocks=None,
                    dtype=np.float32, strict=False, tracker=None):
     """A paged cache for a batch, with a pool of its own: a factory for enable_kv_cache.
@@ -806,7 +828,7 @@ def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, 
     return PagedRows(pool, seqs, max_seq_len=max_seq_len, owns_pool=True)
 
 
-# %% cell 66
+# %% cell 67
 @dataclass(eq=False)
 class Request:
     """What a client asks for, and what the Scheduler makes of it.
@@ -833,7 +855,7 @@ class Request:
     rng: Any = field(default=None, init=False, repr=False)
 
 
-# %% cell 68 (23-budget)
+# %% cell 69 (23-budget)
 def share_budget(lacks, budget):
     """How many tokens each request runs in one step: who lacks one first, then the others, each group in order.
 
@@ -851,7 +873,7 @@ def share_budget(lacks, budget):
     return counts
 
 
-# %% cell 71 (23-to-run)
+# %% cell 72 (23-to-run)
 def tokens_to_run(prompt, tokens, stored):
     """The ids that the cache lacks. prompt, tokens: ids given and generated; stored: how many ids the cache holds.
 
@@ -861,7 +883,7 @@ def tokens_to_run(prompt, tokens, stored):
     return (prompt + tokens)[stored:]
 
 
-# %% cell 74
+# %% cell 75
 class RequestQueues:
     """Requests that wait and requests that run, in order of arrival. Bookkeeping: BlockTables, no arrays, no model.
 
@@ -920,7 +942,7 @@ class RequestQueues:
         return False
 
 
-# %% cell 76 (23-make-room)
+# %% cell 77 (23-make-room)
 class StepPlanner(RequestQueues):
     """Decides what runs in the next step."""
 
@@ -960,7 +982,7 @@ class StepPlanner(RequestQueues):
         return plan
 
 
-# %% cell 79
+# %% cell 80
 def check_request(request, model, cache):
     """Prompt, stop ids and random numbers of a request that can be served, or a ValueError that says what cannot."""
     if request.request_id is not None:
@@ -982,7 +1004,7 @@ def check_request(request, model, cache):
     return ids[0].tolist(), stop_ids, np.random.default_rng(seed)
 
 
-# %% cell 80 (23-postprocess)
+# %% cell 81 (23-postprocess)
 class Scheduler(StepPlanner):
     """Serves many requests at once from one pool of blocks; every text is the one that `generate` gives it alone.
 
