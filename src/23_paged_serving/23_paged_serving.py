@@ -1497,7 +1497,7 @@ context? With smaller blocks?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "23-measure-decode", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def show_decode(contexts=(128, 1000), repeats=15):
+def show_decode(contexts=(128, 1000), repeats=31):
     """Median milliseconds of a decode step, contiguous and paged, measured in turn."""
     model = random_gpt(256, 256, 4, 8, max(contexts) + 1, 8)
     sizes = (1, max(contexts) + 1, 4, 8, 32)
