@@ -338,6 +338,10 @@ class KVStore:
         self._allocate(self._first_slots())
         self._ledger = CacheLedger(self.batch_size)
 
+    def _options(self):
+        """What from_config needs beside the sizes to make another cache like this one."""
+        return {"tracker": self._tracker, "strict": self.strict, "grow": self.grow}
+
     def _first_slots(self):
         return min(FIRST_SLOTS, self.max_seq_len) if self.grow else self.max_seq_len
 
@@ -540,7 +544,7 @@ class CacheRows:
 
     def clone(self):
         """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, self._tracker, strict=self.strict, grow=self.grow)
+        twin = type(self).from_config(self.config, **self._options())
         twin._open_pass(self.seq_lens)
         for row, length in enumerate(self.seq_lens):
             twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]

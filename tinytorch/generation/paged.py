@@ -798,6 +798,7 @@ class PagedRows(PagedPass, CacheRows):
         self.close()
 
     def _forget(self, kept, stored):
+        self.abandon()  # a pool cuts no sequence with an open pass
         for seq, length in zip(self.seqs, kept):
             self.pool.truncate(seq, length)
 

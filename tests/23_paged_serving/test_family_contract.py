@@ -1,0 +1,967 @@
+"""One contract for the whole family of caches: each sentence, for each member; and wrong members, which it must catch.
+
+Oracles: for each layer and row a plain list of tokens, and a GPT in float64 under an explicit mask. No member is ever
+compared with another one. What only one member does is tested beside its lesson.
+"""
+
+import copy
+import inspect
+import re
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinytorch.core.autograd import no_grad
+from tinytorch.core.tensor import Tensor
+from tinytorch.generation import cache_compression as compression
+from tinytorch.generation import kv_cache, paged
+from tinytorch.generation.cache_compression import (
+    HeavyHitterKVCache,
+    OffloadedKVCache,
+    QuantizedModelKVCache,
+    SlidingWindowKVCache,
+    load_cache,
+    save_cache,
+)
+from tinytorch.generation.kv_cache import (
+    CacheStateError,
+    KVCache,
+    MemoryTracker,
+    disable_kv_cache,
+    enable_kv_cache,
+    prefill,
+    random_gpt,
+)
+from tinytorch.generation.paged import PagedKVCache, PagedModelKVCache, Request, Scheduler, paged_kv_cache
+
+B, S, L, H, D = 2, 24, 3, 2, 8  # what random_gpt() stores, for two rows
+
+
+@dataclass(frozen=True)
+class Member:
+    """A cache of the family, and what it cannot do. `options` go to the factory beside the sizes."""
+
+    name: str
+    factory: Any
+    options: dict = field(default_factory=dict)
+    window: Any = None  # (window, sinks) that is shorter than the text: then not every token is shown
+    values: Any = None  # stores few bits: what it is given holds two values, for which the step of a group is exact
+    shares: bool = False  # views share memory with the cache
+    cannot: tuple = ()  # operations that raise NotImplementedError
+    error: float = 1e-4  # of a GPT's logits
+    nbytes_grow: bool = False
+
+    def make(self, batch_size=B, max_seq_len=S, num_layers=L, num_heads=H, head_dim=D, **options):
+        return self.factory(batch_size, max_seq_len, num_layers, num_heads, head_dim, **{**self.options, **options})
+
+
+MEMBERS = [
+    Member("KVCache", KVCache, shares=True),
+    Member("KVCache grow", KVCache, {"grow": True}, shares=True, nbytes_grow=True),
+    Member("KVCache float16", KVCache, {"dtype": np.float16}, shares=True, error=0.005),
+    Member("OffloadedKVCache", OffloadedKVCache, shares=True),
+    Member("OffloadedKVCache grow", OffloadedKVCache, {"grow": True}, shares=True, nbytes_grow=True),
+    Member("window as long as the text", SlidingWindowKVCache, {"window": S}, cannot=("save",)),
+    Member("window 1", SlidingWindowKVCache, {"window": 1}, window=(1, 0), cannot=("save",)),
+    Member("window 4, 2 sinks", SlidingWindowKVCache, {"window": 4, "sinks": 2}, window=(4, 2), cannot=("save",)),
+    Member("window 5, 6 spare", SlidingWindowKVCache, {"window": 5, "spare": 6}, window=(5, 0), cannot=("save",)),
+    Member("budget as long as the text", HeavyHitterKVCache, {"budget": S}, cannot=("truncate", "rollback", "save")),
+    *(Member(f"{bits} bits, keys per {axis}", QuantizedModelKVCache,
+             {"bits": bits, "key_axis": axis, "group_size": 4}, values=(0.0, 255.0), cannot=("save",), error=error)
+      for axis in ("token", "channel") for bits, error in ((8, 0.02), (4, 0.3), (2, 1.5))),
+    Member("paged, blocks of 16", paged_kv_cache),
+    Member("paged, blocks of 1", paged_kv_cache, {"block_size": 1}),
+    Member("paged, blocks of 5", paged_kv_cache, {"block_size": 5}),
+]
+OFF_ZERO = [  # skipped layers are zeros, which such groups cannot hold as well: these run only what skips none
+    Member("4 bits, from 10 to 265", QuantizedModelKVCache, {"bits": 4, "group_size": 4}, values=(10.0, 265.0)),
+    Member("8 bits, one number", QuantizedModelKVCache, {"key_axis": "channel", "group_size": 4}, values=(7.1,)),
+]
+every = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def tokens(member, seq_len=3, seed=0, layers=L):
+    """Keys and values (layers, 2, B, H, T, D) that this member can give back bit by bit."""
+    rng, shape = np.random.default_rng(seed), (layers, 2, B, H, seq_len, D)
+    numbers = rng.standard_normal(shape) if member.values is None else rng.choice(member.values, shape)
+    return numbers.astype(np.float16).astype(np.float32)
+
+
+def update(cache, layer, chunk, n_new=None):
+    """One update, and what attention would report if this cache listens: that all keys were looked at alike."""
+    view = cache.update(layer, *chunk, n_new)
+    if cache.observe is not None:
+        rows, keys = view.pos.shape
+        cache.observe(layer, np.full((rows, 4, chunk.shape[3], keys), 1 / keys, np.float32))
+    return view
+
+
+class Lists:
+    """A cache beside its oracle: stored[layer][row] is a list of tokens, each (2, H, D): a key and a value."""
+
+    def __init__(self, member, cache=None, stored=None):
+        self.member, self.cache = member, member.make() if cache is None else cache
+        self.stored = stored or [[[] for _ in range(B)] for _ in range(L)]
+
+    @property
+    def lengths(self):
+        return [len(row) for row in self.stored[0]]
+
+    def run(self, chunk, n_new=None, layers=range(L)):
+        """One whole pass, every view checked; layers that are left out hold zeros."""
+        counts = [chunk.shape[4]] * B if n_new is None else n_new
+        for layer in layers:
+            self.check_view(layer, update(self.cache, layer, chunk[layer], n_new), chunk[layer], counts)
+        self.cache.advance()
+        for layer in range(L):
+            for row, count in enumerate(counts):
+                new = [chunk[layer][:, row, :, t] * (layer in layers) for t in range(count)]
+                self.stored[layer][row].extend(new)
+        self.check()
+
+    def check_view(self, layer, view, chunk, counts):
+        """Each token that the new ones may look at stands in exactly one slot, and no other number in any."""
+        key, value, pos = view
+        slots = pos.shape[1]
+        assert pos.dtype == np.int64 and pos.shape == (B, slots), f"pos {pos.dtype} {pos.shape}"
+        assert key.shape == value.shape == (B, H, slots, D), f"key {key.shape}, value {value.shape}"
+        assert key.dtype == value.dtype == self.cache.dtype and not key.requires_grad
+        for row, (old, count) in enumerate(zip(self.stored[layer], counts)):
+            known = old + [chunk[:, row, :, t] for t in range(count)]
+            shown = {int(p): slot for slot, p in enumerate(pos[row]) if p >= 0}
+            assert len(shown) == (pos[row] >= 0).sum(), f"row {row}: a position twice in {pos[row].tolist()}"
+            missing = self.visible(len(old), len(known)) - set(shown)
+            assert not missing, f"layer {layer}, row {row}: positions {sorted(missing)} are not shown"
+            assert set(shown) <= set(range(len(known))), f"layer {layer}, row {row}: positions {sorted(shown)}"
+            for p, slot in shown.items():
+                for part, expected in zip((key, value), known[p]):
+                    np.testing.assert_array_equal(part.numpy()[row, :, slot], expected, f"{layer=} {row=} position {p}")
+
+    def visible(self, start, stop):
+        """The positions that the tokens start .. stop - 1 look at."""
+        if self.member.window is None:
+            return set(range(stop))
+        window, sinks = self.member.window
+        return {p for q in range(start, stop) for p in range(q + 1) if q - p < window or p < sinks}
+
+    def check(self):
+        """Lengths; and what get() gives, in every layer."""
+        assert self.cache.seq_lens == self.lengths and self.cache.seq_pos == max(self.lengths)
+        for layer, rows in enumerate(self.stored):
+            expected = np.zeros((2, B, H, max(self.lengths), D), np.float32)
+            for row, known in enumerate(rows):
+                for t, token in enumerate(known):
+                    expected[:, row, :, t] = token
+            parts = self.cache.get(layer)
+            for name, part, numbers in zip(("key", "value"), parts, expected):
+                assert isinstance(part, Tensor) and part.dtype == self.cache.dtype and not part.requires_grad
+                if self.member.window is None:
+                    assert part.shape == numbers.shape, f"get({layer}): {name} {part.shape}, expected {numbers.shape}"
+                    np.testing.assert_array_equal(part.numpy(), numbers, f"get({layer}), {name}")
+
+    def can(self, operation, *arguments):
+        """Whether this member did it; one that cannot must say why, and change nothing."""
+        before = content(self.cache)
+        try:
+            getattr(self.cache, operation)(*arguments)
+        except NotImplementedError as error:
+            assert operation in self.member.cannot and len(str(error).split()) > 5, f"{operation}: {error}"
+        except ValueError as error:  # a window that has let these tokens go
+            assert self.member.window and re.search("positions .* spare", str(error)), f"{operation}: {error}"
+        else:
+            assert operation not in self.member.cannot, f"{operation} went through"
+            return True
+        assert content(self.cache) == before
+        return False
+
+
+def started(member, n_new=(5, 3), seed=0):
+    """A cache with one ragged pass, beside its lists."""
+    both = Lists(member)
+    both.run(tokens(member, max(n_new), seed), list(n_new))
+    return both
+
+
+def content(cache):
+    """All that a reader can see of a cache."""
+    layers = [part.numpy().tobytes() for layer in range(cache.num_layers) for part in cache.get(layer)]
+    return layers, cache.seq_lens, cache.nbytes
+
+
+class TestQuestions:
+    @every
+    def test_names_arguments_and_answers(self, member):
+        expected = {
+            "positions": ["n_new"], "update": ["layer_idx", "key", "value", "n_new"], "advance": [], "reset": [],
+            "get": ["layer_idx"], "truncate": ["lengths"], "rollback": ["n"], "reorder": ["row_indices"], "clone": [],
+        }
+        cache = member.make()
+        for name, arguments in expected.items():
+            assert list(inspect.signature(getattr(cache, name)).parameters)[: len(arguments)] == arguments, name
+        assert (cache.seq_pos, cache.seq_lens, cache.pending_layers) == (0, [0] * B, [])
+        assert cache.capacity in (S, None) and type(cache.nbytes) is int and cache.nbytes > 0
+        usage = cache.get_memory_usage()
+        assert usage["total_bytes"] == cache.nbytes and usage["total_mb"] == cache.nbytes / 2**20
+        assert usage["cache_tensors"] == 2 * L
+        assert (cache.batch_size, cache.num_layers, cache.num_heads, cache.head_dim) == (B, L, H, D)
+        assert repr(cache)
+
+    @every
+    def test_positions_are_those_that_the_next_tokens_will_have(self, member):
+        cache = started(member, (4, 1)).cache
+        for asked, expected in ((2, [[4, 5], [1, 2]]), ([2, 1], [[4, 5], [1, -1]]), (1, [[4], [1]])):
+            pos = cache.positions(asked)
+            assert pos.dtype == np.int64 and pos.tolist() == expected
+        pos[...] = 9
+        assert cache.positions(1).tolist() == [[4], [1]] and cache.pending_layers == []
+        for wrong in (-1, True, 1.0, "1", [1], [1, 2, 3]):
+            with pytest.raises(ValueError):
+                cache.positions(wrong)
+
+
+class TestTwoSteps:
+    @every
+    def test_a_view_shows_all_that_the_new_tokens_may_look_at_and_get_what_is_committed(self, member):
+        both = Lists(member)
+        for step, n_new in enumerate(([5, 3], None, [1, 0], [0, 2], [1, 1], [7, 4])):
+            both.run(tokens(member, 1 if n_new is None else max(n_new), step), n_new)
+        assert both.lengths == [15, 11]
+
+    @every
+    @pytest.mark.parametrize("width", [1, 2, 5, 11])
+    def test_what_is_stored_is_the_same_bytes_whatever_the_chunking(self, member, width):
+        whole = np.random.default_rng(0).standard_normal((L, 2, B, H, 22, D), dtype=np.float32)  # of many values
+        at_once, pieces = member.make(), member.make()
+        for cache, size in ((at_once, 22), (pieces, width)):
+            for start in range(0, 22, size):
+                for layer in range(L):
+                    update(cache, layer, whole[layer, :, :, :, start : start + size])
+                cache.advance()
+        assert content(pieces)[:2] == content(at_once)[:2]
+
+    @every
+    def test_what_is_pending_changes_neither_seq_pos_nor_get_nor_a_clone(self, member):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 4, seed=1)):
+            update(both.cache, layer, chunk)
+            both.check()
+        assert both.cache.pending_layers == list(range(L))
+        twin = Lists(member, both.cache.clone(), both.stored)
+        twin.check()
+        assert twin.cache.pending_layers == []
+
+    @every
+    def test_a_pass_that_failed_changes_nothing_and_the_next_one_overwrites_it(self, member):
+        both = started(member)
+        for stop in range(L):
+            for layer, chunk in enumerate(tokens(member, 4, seed=1)[: stop + 1]):
+                update(both.cache, layer, chunk, [4, 2])
+            both.cache.abandon()
+            both.cache.abandon()
+            both.check()
+        both.run(tokens(member, 2, seed=2), [1, 2])
+
+    @every
+    def test_a_pass_that_stopped_at_a_refused_layer_may_be_started_anew(self, member):
+        both, chunk = started(member), tokens(member, 3, seed=1)
+        update(both.cache, 0, chunk[0])
+        with pytest.raises(ValueError):
+            both.cache.update(1, chunk[1][0], chunk[1][1] * np.nan)
+        both.check()
+        both.run(tokens(member, 1, seed=2))
+
+    @every
+    def test_calls_out_of_order_are_errors(self, member):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        with pytest.raises(CacheStateError):
+            both.cache.advance()
+        update(both.cache, 1, chunk[1], [2, 1])
+        for layer, width, n_new in ((1, 2, [2, 1]), (0, 1, [1, 1]), (0, 2, None)):
+            with pytest.raises(CacheStateError):
+                both.cache.update(layer, *chunk[layer][..., :width, :], n_new)
+        both.check()
+        assert both.cache.pending_layers == [1]
+        both.cache.abandon()
+        both.run(chunk, [2, 1])
+
+    @every
+    def test_a_layer_that_was_skipped_reads_as_zeros(self, member):
+        both = started(member)
+        if both.can("rollback", [2, 1]):
+            both.stored = [[row[: len(row) - n] for row, n in zip(rows, (2, 1))] for rows in both.stored]
+            both.check()
+        both.run(tokens(member, 3, seed=1), [3, 2], layers=[1])
+        both.run(tokens(member, 1, seed=2), layers=[0, 2])
+
+    @every
+    def test_strict_refuses_the_skip(self, member):
+        both = Lists(member, member.make(strict=True))
+        update(both.cache, 1, tokens(member)[1])
+        with pytest.raises(CacheStateError, match=r"\[0, 2\]"):
+            both.cache.advance()
+        both.check()
+        both.cache.abandon()
+        both.run(tokens(member))
+
+
+REFUSED = {
+    "rank": lambda k, v: (k[0], v), "batch of 1": lambda k, v: (k[:1], v[:1]), "V of 1": lambda k, v: (k, v[:1]),
+    "heads": lambda k, v: (k[:, :1], v[:, :1]), "head_dim": lambda k, v: (k, v[..., :4]),
+    "K and V of different length": lambda k, v: (k, v[:, :, :1]), "no tokens": lambda k, v: (k[:, :, :0], v[:, :, :0]),
+    "NaN": lambda k, v: (k * np.nan, v), "inf": lambda k, v: (k, v + np.inf), "text": lambda k, v: (k.astype(str), v),
+    "bool": lambda k, v: (k > 0, v), "complex": lambda k, v: (k, v * 1j), "nothing": lambda k, v: (None, None),
+    "too large": lambda k, v: (k, np.full(v.shape, 1e300)), "objects": lambda k, v: (k.astype(object), v),
+}
+
+
+class TestBounds:
+    @every
+    @pytest.mark.parametrize("stored, asked", [((22, 22), [3, 3]), ((24, 2), [1, 0]), ((2, 23), [1, 2])])
+    def test_a_full_cache_names_max_seq_len_and_the_tokens_stored_asked_for_and_free(self, member, stored, asked):
+        both = started(member, stored)
+        if both.cache.capacity is None:
+            return both.run(tokens(member, 3, seed=1), asked)
+        row = next(row for row in range(B) if stored[row] + asked[row] > S)
+        numbers = {S, stored[row], asked[row], S - stored[row]}
+        with pytest.raises(ValueError, match="max_seq_len") as error:
+            both.cache.update(0, *tokens(member, 3, seed=1)[0], asked)
+        assert numbers <= {int(number) for number in re.findall(r"\d+", str(error.value))}, str(error.value)
+        both.check()
+        fits = [min(1, S - length) for length in stored]
+        both.run(tokens(member, 1, seed=2), fits)
+
+    @every
+    @pytest.mark.parametrize("kind", REFUSED)
+    def test_what_does_not_fit_is_refused_with_bytes_unchanged(self, member, kind):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        before = content(both.cache)
+        with pytest.raises(ValueError):
+            both.cache.update(1, *REFUSED[kind](*chunk[1]))
+        assert content(both.cache) == before and both.cache.pending_layers == []
+        both.run(chunk, [2, 1])
+
+    @every
+    @pytest.mark.parametrize("layer", [L, -1, True, "0", 1.0, None])
+    def test_a_layer_index_is_a_whole_number_in_range(self, member, layer):
+        both, chunk = started(member), tokens(member, 1, seed=1)[0]
+        for call in (lambda: both.cache.update(layer, *chunk), lambda: both.cache.get(layer)):
+            with pytest.raises(ValueError, match="layer_idx"):
+                call()
+        both.check()
+
+    @every
+    @pytest.mark.parametrize("n_new", [[3, 1], [1], [1, 1, 1], -1, [1, -1], 1.0, "1", [True, 1]])
+    def test_n_new_counts_tokens_of_the_chunk(self, member, n_new):
+        both = started(member)
+        with pytest.raises(ValueError):
+            both.cache.update(0, *tokens(member, 2, seed=1)[0], n_new)
+        both.check()
+
+    @every
+    @pytest.mark.parametrize("size", range(5))
+    @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
+    def test_sizes_are_whole_numbers(self, member, size, wrong):
+        sizes = [B, S, L, H, D]
+        sizes[size] = wrong
+        with pytest.raises(ValueError):
+            member.make(*sizes)
+
+
+class TestOwnership:
+    @every
+    def test_arrays_passed_in_may_be_changed_afterwards(self, member):
+        both, chunk, n_new = Lists(member), tokens(member, 4), [4, 2]
+        given = chunk.copy()
+        for layer in range(L):
+            view = update(both.cache, layer, given[layer], n_new)
+            given[layer], n_new = 7, list(n_new)
+            both.check_view(layer, view, chunk[layer], [4, 2])
+        n_new[0] = 1
+        both.cache.advance()
+        both.stored = [[list(np.moveaxis(chunk[layer][:, row], 2, 0)[:n]) for row, n in enumerate((4, 2))]
+                       for layer in range(L)]
+        both.check()
+
+    @every
+    def test_nothing_handed_out_is_a_handle_on_the_cache(self, member):
+        both, chunk = started(member), tokens(member, 2, seed=1)
+        view = update(both.cache, 0, chunk[0])
+        for array in (*(part.numpy() for part in (view.key, view.value, *both.cache.get(1))), view.pos):
+            if array.flags.writeable:
+                array[...] = 9
+        both.cache.seq_lens[0] = both.cache.pending_layers.append(1) or 5
+        both.cache.get_memory_usage()["total_bytes"] = 0
+        both.check()
+        both.cache.abandon()
+        both.check()
+        assert np.shares_memory(view.key.numpy(), both.cache.get(0)[0].numpy()) == member.shares
+        both.run(chunk, [2, 1])
+
+    @every
+    def test_lists_tensors_and_read_only_arrays_are_taken_and_no_gradient_is_kept(self, member):
+        both, chunk = Lists(member), tokens(member, 2)
+        chunk.flags.writeable = False
+        for layer, wrap in enumerate((np.ndarray.tolist, lambda part: Tensor(part, requires_grad=True), np.asarray)):
+            key, value = (wrap(part) for part in chunk[layer])
+            view = both.cache.update(layer, key, value)
+            if both.cache.observe is not None:
+                both.cache.observe(layer, np.full((B, 4, 2, view.pos.shape[1]), 0.1, np.float32))
+            both.check_view(layer, view, chunk[layer], [2, 2])
+        both.cache.advance()
+        both.stored = [[list(np.moveaxis(chunk[layer][:, row], 2, 0)) for row in range(B)] for layer in range(L)]
+        both.check()
+
+    @every
+    def test_integers_and_wide_floats_are_cast_to_the_storage_dtype(self, member):
+        for given in (np.int8, np.uint64, np.int64, np.float16, np.float64):
+            cache = member.make()
+            ones = np.ones((B, H, 2, D), given)
+            view = update(cache, 0, np.stack([ones, ones + ones]))
+            assert view.key.dtype == view.value.dtype == cache.dtype != np.float64
+            np.testing.assert_array_equal(view.value.numpy()[view.pos[:, None].repeat(H, 1) >= 0], 2)
+
+    @every
+    @pytest.mark.parametrize("copied", [lambda cache: cache.clone(), copy.copy, copy.deepcopy])
+    def test_copies_are_independent(self, member, copied):
+        both = started(member)
+        twin = Lists(member, copied(both.cache), [[list(row) for row in rows] for rows in both.stored])
+        assert type(twin.cache) is type(both.cache) and twin.cache.dtype == both.cache.dtype
+        twin.check()
+        twin.run(tokens(member, 3, seed=1), [1, 3])
+        both.check()
+        both.run(tokens(member, 2, seed=2))
+        twin.check()
+        both.cache.reset()
+        twin.check()
+        twin.run(tokens(member, 1, seed=3))
+
+
+class TestRows:
+    @every
+    @pytest.mark.parametrize("seed", range(4))
+    def test_any_operations_in_any_order_equal_lists(self, member, seed):
+        both, rng = Lists(member), np.random.default_rng(seed)
+        names = ["pass"] * 8 + ["failed", "truncate", "rollback", "reorder", "clone", "reset", "skip"]
+        for step, name in enumerate(rng.choice(names, 40)):
+            getattr(self, "do_" + name)(both, rng, step)
+            both.check()
+            assert both.cache.pending_layers == []
+
+    def chunk(self, both, rng, step):
+        width = int(rng.integers(1, 5))
+        n_new = [min(int(rng.integers(0, width + 1)), S - length) for length in both.lengths]
+        return tokens(both.member, width, seed=step), n_new
+
+    def do_pass(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        both.run(chunk, n_new)
+
+    def do_skip(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        both.run(chunk, n_new, layers=[int(rng.integers(L))])
+
+    def do_failed(self, both, rng, step):
+        chunk, n_new = self.chunk(both, rng, step)
+        for layer in rng.permutation(L)[: int(rng.integers(1, L + 1))].tolist():
+            update(both.cache, layer, chunk[layer], n_new)
+        both.cache.abandon()
+
+    def do_truncate(self, both, rng, step):
+        kept = [length - int(rng.integers(0, length // 3 + 1)) for length in both.lengths]
+        if kept != both.lengths and both.can("truncate", kept):
+            both.stored = [[row[:keep] for row, keep in zip(rows, kept)] for rows in both.stored]
+
+    def do_rollback(self, both, rng, step):
+        n = int(rng.integers(0, min(both.lengths) // 2 + 1))
+        if n and both.can("rollback", n):
+            both.stored = [[row[: len(row) - n] for row in rows] for rows in both.stored]
+
+    def do_reorder(self, both, rng, step):
+        indices = rng.integers(0, B, B).tolist()
+        if both.can("reorder", indices):
+            both.stored = [[list(rows[index]) for index in indices] for rows in both.stored]
+
+    def do_clone(self, both, rng, step):
+        old, both.cache = both.cache, both.cache.clone()
+        old.reset()
+        old.close()
+
+    def do_reset(self, both, rng, step):
+        both.cache.reset()
+        both.stored = [[[] for _ in range(B)] for _ in range(L)]
+
+    @every
+    @pytest.mark.parametrize("indices", [[0, 0], [0, 1], [1, 0], [1, 1]])
+    def test_each_row_becomes_the_one_that_is_named(self, member, indices):
+        both = started(member)
+        if both.can("reorder", indices):
+            both.stored = [[list(rows[index]) for index in indices] for rows in both.stored]
+        both.check()
+        for width in (1, 4):  # rows that were one go on beside each other
+            both.run(tokens(member, width, seed=width), [width, width - 1])
+
+    @every
+    @pytest.mark.parametrize("name, arguments", [
+        ("truncate", [6]), ("truncate", [[5, 4]]), ("truncate", [[5]]), ("truncate", [-1]), ("truncate", [2.0]),
+        ("rollback", [4]), ("rollback", [[6, 0]]), ("rollback", [-1]), ("rollback", [True]), ("rollback", ["1"]),
+        ("reorder", [[0]]), ("reorder", [[0, 2]]), ("reorder", [[0, -1]]), ("reorder", [[0.0, 1]]), ("reorder", [None]),
+    ])
+    def test_rows_that_are_none_and_lengths_that_are_none_are_refused(self, member, name, arguments):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 2, seed=1)[:2]):
+            update(both.cache, layer, chunk)
+        with pytest.raises((ValueError, NotImplementedError)):
+            getattr(both.cache, name)(*arguments)
+        both.check()
+        assert both.cache.pending_layers == [0, 1], "a call that raises changes nothing"
+
+    @every
+    @pytest.mark.parametrize("name, arguments", [("truncate", [[5, 3]]), ("rollback", [0]), ("reorder", [[0, 1]])])
+    def test_what_is_pending_is_dropped_first(self, member, name, arguments):
+        both = started(member)
+        for layer, chunk in enumerate(tokens(member, 2, seed=1)):
+            update(both.cache, layer, chunk)
+        getattr(both.cache, name)(*arguments)
+        assert both.cache.pending_layers == []
+        both.check()
+        both.run(tokens(member, 1, seed=2), layers=[1])
+
+    @every
+    def test_empty_again_means_as_new(self, member):
+        both = started(member, (22, 9))
+        update(both.cache, 0, tokens(member, 1, seed=1)[0])
+        both.cache.reset()
+        both.stored = [[[] for _ in range(B)] for _ in range(L)]
+        both.check()
+        assert both.cache.pending_layers == []
+        both.run(tokens(member, 8, seed=2), [8, 1], layers=[2])
+
+
+class TestMemory:
+    @every
+    def test_no_growth_during_decoding(self, member):
+        cache = member.make()
+        nbytes = cache.nbytes
+        for step in range(20):
+            for layer, chunk in enumerate(tokens(member, 1, seed=step)):
+                update(cache, layer, chunk)
+            cache.advance()
+        assert (cache.nbytes > nbytes) if member.nbytes_grow else (cache.nbytes == nbytes)
+
+    @every
+    def test_bytes_are_tracked_and_go_back_once(self, member):
+        tracker = MemoryTracker()
+        with pytest.raises(RuntimeError), member.make(tracker=tracker) as cache:
+            assert tracker.usage("kv_cache") == cache.nbytes > 0
+            twin = cache.clone()
+            assert tracker.usage("kv_cache") == cache.nbytes + twin.nbytes
+            twin.close()
+            raise RuntimeError
+        assert tracker.current == 0
+        cache.close()
+        assert tracker.current == 0
+        with pytest.raises(ValueError):
+            cache.update(0, *tokens(member, 1)[0])
+        with pytest.raises(MemoryError, match="1"):
+            member.make(tracker=(small := MemoryTracker(limit_bytes=1)))
+        assert small.current == small.peak == 0
+
+    @every
+    def test_different_layers_may_be_updated_from_different_threads(self, member):
+        both, errors = Lists(member), []
+        for step in range(8):
+            chunk, barrier = tokens(member, 2, seed=step), threading.Barrier(L)
+
+            def work(layer, chunk=chunk, barrier=barrier):
+                try:
+                    barrier.wait()
+                    view = update(both.cache, layer, chunk[layer], [2, 1])
+                    both.check_view(layer, view, chunk[layer], [2, 1])
+                except BaseException as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(layer,)) for layer in range(L)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not errors, errors[0]
+            both.cache.advance()
+            for layer, row in np.ndindex(L, B):
+                both.stored[layer][row].extend(chunk[layer][:, row, :, t] for t in range(2 - row))
+            both.check()
+
+
+def dense_gpt(model, ids, window=None):
+    """Logits (T, V) of one row of a GPT in float64, every layer under the explicit mask of (window, sinks)."""
+    weights = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+    heads, shared, t = model.num_heads, model.num_kv_heads, np.arange(len(ids))
+    back, (width, sinks) = t[:, None] - t, window or (len(ids), 0)
+    mask = np.where((back >= 0) & ((back < width) | (t < sinks)), 0, -np.inf)
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["token_embedding.weight"][ids] + weights["position_embedding.weight"][t]
+    for i in range(model.num_layers):
+        packed = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv_proj")
+        query, key, value = np.split(packed.reshape(len(t), heads + 2 * shared, -1), [heads, heads + shared], axis=1)
+        key, value = (part.repeat(heads // shared, axis=1) for part in (key, value))  # (T, H, D)
+        scores = np.exp(np.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5 + mask)
+        mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), value)
+        x = x + linear(mixed.reshape(len(t), -1), f"blocks.{i}.attention.out_proj")
+        up = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.up_proj")
+        up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        x = x + linear(up, f"blocks.{i}.mlp.down_proj")
+    return norm(x, "norm") @ weights["token_embedding.weight"].T
+
+
+def parts_of(model):
+    return [model.position_embedding, model.norm, *(block.attention for block in model.blocks)]
+
+
+class TestThroughAModel:
+    @every
+    @pytest.mark.parametrize("chunk", [None, 1, 4])
+    def test_ragged_prompts_in_chunks_then_tokens_equal_each_row_alone(self, member, chunk):
+        model, ids = random_gpt(), np.random.default_rng(0).integers(0, 64, (B, 16))
+        cache, lengths = member.make(), [9, 5]
+        logits = prefill(model, ids[:, :9], cache, chunk, n_new=lengths).numpy()
+        assert logits.shape == (B, 9, 64) and cache.seq_lens == lengths
+        rows = [list(ids[row, :length]) for row, length in enumerate(lengths)]
+        got = [list(logits[row, :length]) for row, length in enumerate(lengths)]
+        for width in (1, 3, 1):
+            piece = ids[:, 9 : 9 + width]
+            for row, new in enumerate(model(piece, cache=cache).numpy()):
+                rows[row] += list(piece[row])
+                got[row] += list(new)
+        for row, text in enumerate(rows):
+            expected = dense_gpt(model, text, member.window)
+            assert np.shape(got[row]) == expected.shape
+            error = np.abs(np.array(got[row]) - expected).max(axis=1)
+            assert error.max() < member.error, f"row {row}, per token: {error.round(4).tolist()}"
+
+    @every
+    def test_generate_takes_the_best_token_at_every_step(self, member):
+        model, prompt, cache = random_gpt(), [[1, 2, 3, 4], [9, 8, 7, 6]], member.make()
+        texts = [model.generate(prompt, 12, cache=cache) for _ in range(2)]  # a cache of another text is reset
+        assert texts[0] == texts[1] and cache.seq_lens == [15, 15]
+        if member.window is None and member.values is None:
+            assert texts[0] == model.generate(prompt, 12)
+        for row, text in enumerate(texts[0]):
+            assert text[:4] == prompt[row] and len(text) == 16
+            logits = dense_gpt(model, text[:-1], member.window)[3:]
+            behind = logits.max(axis=1) - logits[np.arange(12), text[4:]]
+            assert behind.max() <= 2 * member.error, f"row {row}, per token: {behind.round(4).tolist()}"
+
+    @every
+    def test_a_model_takes_any_member_by_factory_or_ready_made_and_gives_its_own_parts_back(self, member):
+        model, ids = random_gpt(), np.arange(12).reshape(B, 6)
+        plain, parts = model(ids).numpy().copy(), parts_of(model)
+        made = enable_kv_cache(model, factory=member.factory, batch_size=B, max_seq_len=S, **member.options)
+        assert model._kv_cache is made and model._cache_enabled is True
+        assert (made.batch_size, made.num_layers, made.num_heads, made.head_dim) == (B, L, H, D)
+        for cache in (made, member.make()):
+            assert enable_kv_cache(model, cache=cache) is cache
+            got = np.concatenate([model(ids[:, :4]).numpy(), model(ids[:, 4:]).numpy()], axis=1)
+            assert cache.seq_lens == [6, 6] and got.shape == plain.shape
+            for row, text in enumerate(ids):
+                np.testing.assert_allclose(got[row], dense_gpt(model, text, member.window), atol=member.error)
+        disable_kv_cache(model)
+        assert all(part is old for part, old in zip(parts_of(model), parts, strict=True))
+        np.testing.assert_array_equal(model(ids).numpy(), plain)
+
+    @every
+    def test_training_steps_around_the_cache(self, member):
+        model, ids = random_gpt(), np.arange(8).reshape(B, 4)
+        enable_kv_cache(model, cache=(cache := member.make()))
+        model.train()
+        model(ids)
+        assert cache.seq_pos == 0 and cache.pending_layers == []
+        with pytest.raises(RuntimeError):
+            model(ids, cache=member.make())
+
+    @every
+    def test_a_forward_that_fails_in_the_middle_leaves_the_cache_as_it_was(self, member):
+        model, ids = random_gpt(), np.random.default_rng(1).integers(0, 64, (B, 7))
+        cache = enable_kv_cache(model, cache=member.make())
+        with no_grad():
+            model(ids[:, :4])
+            before, healthy, model.blocks[1].mlp = content(cache), model.blocks[1].mlp, None
+            with pytest.raises(TypeError):
+                model(ids[:, 4:])
+            assert content(cache) == before
+            model.blocks[1].mlp = healthy
+            got = model(ids[:, 4:]).numpy()
+        for row in range(B):
+            expected = dense_gpt(model, ids[row], member.window)[4:]
+            np.testing.assert_allclose(got[row], expected, atol=member.error)
+
+    @every
+    def test_a_saved_cache_goes_on_bit_by_bit_or_says_why_it_cannot(self, member, tmp_path):
+        model, ids, path = random_gpt(), np.arange(12).reshape(B, 6), tmp_path / "cache"
+        prefill(model, ids, cache := member.make(), n_new=[6, 4])
+        before = content(cache)
+        if "save" in member.cannot:
+            for call in (lambda: save_cache(cache, path), lambda: load_cache(path, cache)):
+                with pytest.raises(NotImplementedError, match="does not keep each token as it came"):
+                    call()
+            assert content(cache) == before and not path.exists()
+            return
+        save_cache(cache, path)
+        loaded = load_cache(path, started(member, (8, 7)).cache)
+        assert content(loaded)[:2] == before[:2]
+        got, expected = (model(ids[:, :2], cache=each).numpy() for each in (loaded, cache))
+        np.testing.assert_array_equal(got, expected)
+
+
+# Sequences that share blocks, of which a cache of rows knows nothing. Oracle: a dict of lists of numbers.
+
+
+class Shared:
+    """A pool of blocks of 4 beside a dict: the tokens of each sequence, and as keys their numbers times 10."""
+
+    def __init__(self, num_blocks=12):
+        self.pool, self.texts = PagedKVCache(num_blocks, 4, 1, 1, max_seqs=6), {}
+
+    def add(self, text):
+        """A sequence for a prompt, of which what is here already is not run again: its id."""
+        seq = self.pool.add_sequence(text)
+        found = self.pool.seq_len(seq)
+        assert found < len(text), "a prompt that is here to its last token: none is left to run"
+        self.texts[seq] = list(text[:found])
+        self.write(seq, text[found:])
+        return seq
+
+    def write(self, seq, text):
+        keys = np.array(text, np.float32)[None, :, None] * 10
+        self.pool.update(seq, keys, -keys, text)
+        self.texts[seq] += text
+        self.check()
+
+    def fork(self, seq):
+        new = self.pool.fork(seq)
+        assert new not in self.texts
+        self.texts[new] = list(self.texts[seq])
+        return new
+
+    def cut(self, seq, length):
+        self.pool.truncate(seq, length)
+        del self.texts[seq][length:]
+        self.check()
+
+    def finish(self, seq):
+        self.pool.finish_sequence(seq)
+        del self.texts[seq]
+        self.check()
+
+    def check(self):
+        held = {block for seq in self.texts for block in self.pool.tables.table(seq)}
+        assert self.pool.num_free() == self.pool.num_blocks - len(held), "free blocks are those that nobody holds"
+        for seq, text in self.texts.items():
+            for part, sign in zip(self.pool.get_kv(seq), (10, -10)):
+                assert part.shape == (1, len(text), 1)
+                np.testing.assert_array_equal(part[0, :, 0], np.array(text) * sign, f"sequence {seq}")
+
+
+def check_sharing(member):
+    """Forks write on beside each other, end in any order, and all blocks come back."""
+    both = Shared()
+    first = both.add([1, 2, 3, 4, 5, 6])
+    second, third = both.fork(first), both.fork(first)
+    free = both.pool.num_free()
+    both.write(second, [7])
+    assert both.pool.num_free() == free - 1, "the shared partial block is copied, exactly once"
+    both.write(first, [8, 9, 10])
+    both.finish(first)
+    both.write(third, [11, 12, 13])
+    both.finish(second)
+    last = both.add([20, 21, 22, 23, 24])
+    both.finish(third)
+    both.finish(last)
+    assert both.pool.num_free() == both.pool.num_blocks
+
+
+def check_prefixes(member):
+    """A prompt takes over what is stored of it, never all of it, and never a block that has been written since."""
+    both = Shared()
+    first = both.add([1, 2, 3, 4, 5, 6, 7, 8])
+    again = both.add([1, 2, 3, 4, 5, 6, 7, 8])
+    assert len(set(both.pool.tables.table(first)) & set(both.pool.tables.table(again))) == 1
+    both.finish(again)
+    both.cut(first, 6)
+    both.write(first, [70, 80])
+    for text in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 70, 80, 9], [5, 6, 7, 8, 9]):
+        both.finish(both.add(text))
+    both.finish(first)
+    for start in range(100, 148, 8):  # every block is taken for something else
+        both.finish(both.add(list(range(start, start + 8))))
+    both.add([1, 2, 3, 4, 5, 6, 7, 8, 9])
+
+
+
+
+def check_resume(member):
+    """Who gave way and came back goes on where it stopped. Oracle: generate without a cache, for each alone."""
+    model, pool = random_gpt(), PagedModelKVCache(8, 4, L, H, D, max_seqs=2)
+    scheduler, prompts = Scheduler(model, pool), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]]
+    requests = [Request(prompt, 12, temperature=1.0, seed=seed) for seed, prompt in enumerate(prompts)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.run()
+    assert scheduler.preemptions == 1, f"{scheduler.preemptions} gave way"
+    for seed, (prompt, request) in enumerate(zip(prompts, requests)):
+        expected = model.generate(prompt, 12, temperature=1.0, rng=np.random.default_rng(seed))
+        assert prompt + request.tokens == expected and len(set(request.tokens)) > 6
+
+
+# Wrong members: one thing is replaced by what somebody may well write, and a test of the contract must fail.
+
+
+def late(right):
+    return lambda store, new, lengths, n_new: right(store, new, [length + 1 for length in lengths], n_new)
+
+
+def first_row_only(right):
+    return lambda lengths, n_new, longest: right(lengths[:1], n_new[:1], longest)
+
+
+def broadcasting(right):
+    return lambda name, part, *sizes: right(name, np.broadcast_to(part, (sizes[0], *np.shape(part)[1:])), *sizes)
+
+
+def row_by_row(right):
+    def gather(store, rows):
+        for row, source in enumerate(rows):
+            store[:, :, row] = store[:, :, source]
+
+    return gather
+
+
+def same_file(right):
+    stores = {}
+    return lambda self, shape: stores.setdefault(shape, right(self, shape))
+
+
+def longer_by(change):
+    def wrong(right):
+        return lambda self, *sizes, window, **options: right(self, *sizes, window=window + change, **options)
+
+    return wrong
+
+
+def trimmed(right):
+    """Only what the chunk's newest token sees is left when its oldest one reads."""
+    def resident(self, layer_idx):
+        key, value, pos = right(self, layer_idx)
+        oldest = np.array(self._ledger.lengths) + self._ledger.n_new - self.window
+        return key, value, np.where(pos < oldest[:, None], -1, pos)
+
+    return resident
+
+
+def given_back_by_each(right):
+    def give(self, block):
+        self.counts[block] = max(self.counts[block] - 1, 0)
+        self.free[block] = None
+
+    return give
+
+
+def whole_prompt(right):
+    return lambda blocks, tokens, block_size: right(blocks, [*tokens, 0], block_size)
+
+
+def last_token_again(right):
+    def preempt(self, request):
+        right(self, request)
+        request.tokens += request.tokens[-1:]
+
+    return preempt
+
+
+def with_zero(right):
+    """The range of a group is forced to include zero."""
+    def quantize(x, axis, bits):
+        codes, scale, low = right(np.concatenate([x, 0 * x.take([0], axis)], axis), axis, bits)
+        return codes.take(range(x.shape[axis]), axis), scale, low
+
+    return quantize
+
+
+def constant_is_zero(right):
+    """A constant group has no step, and what is left of it is zero."""
+    def quantize(x, axis, bits):
+        codes, scale, low = right(x, axis, bits)
+        return codes, scale, np.where(scale == 0, 0, low)
+
+    return quantize
+
+
+def frozen_each_time(right):
+    """What waits for its group to be whole is quantised, and again with every token that comes."""
+    def wait(self, row, tokens):
+        if tokens.shape[1]:
+            tokens = compression.dequantize(*compression.quantize(tokens, 1, self.form.bits))
+        right(self, row, tokens)
+
+    return wait
+
+
+def nothing(right):
+    return lambda *arguments: None
+
+
+def never(right):
+    return lambda blocks, holders: [False] * len(blocks)
+
+
+views = TestTwoSteps().test_a_view_shows_all_that_the_new_tokens_may_look_at_and_get_what_is_committed
+whatever_the_chunking = TestTwoSteps().test_what_is_stored_is_the_same_bytes_whatever_the_chunking
+skipped = TestTwoSteps().test_a_layer_that_was_skipped_reads_as_zeros
+copied = TestOwnership().test_copies_are_independent
+through_a_model = TestThroughAModel().test_ragged_prompts_in_chunks_then_tokens_equal_each_row_alone
+reordered = TestRows().test_each_row_becomes_the_one_that_is_named
+WRONG = {  # what is wrong: member, whose function is replaced, by what, and the test that must fail, with its arguments
+    "one slot too late": ("KVCache", kv_cache, "write_tokens", late, views),
+    "only the first row is asked for room": (
+        "KVCache", kv_cache, "check_room", first_row_only,
+        TestBounds().test_a_full_cache_names_max_seq_len_and_the_tokens_stored_asked_for_and_free, (2, 23), [1, 2]),
+    "batch 1 broadcast into all rows": (
+        "KVCache", kv_cache, "check_tokens", broadcasting,
+        TestBounds().test_what_does_not_fit_is_refused_with_bytes_unchanged, "batch of 1"),
+    "forgotten tokens are left in their slots": ("KVCache", kv_cache, "clear_slots", nothing, skipped),
+    "rows overwritten before they are read": ("KVCache", kv_cache, "gather_rows", row_by_row, reordered, [1, 0]),
+    "a clone in the same file": (
+        "OffloadedKVCache", OffloadedKVCache, "_new_store", same_file, copied, lambda cache: cache.clone()),
+    "window one too long": ("window 4, 2 sinks", SlidingWindowKVCache, "__init__", longer_by(1), through_a_model, 4),
+    "window one too short": ("window 4, 2 sinks", SlidingWindowKVCache, "__init__", longer_by(-1), through_a_model, 4),
+    "ring trimmed before the chunk read it": (
+        "window 5, 6 spare", SlidingWindowKVCache, "_resident", trimmed, views),
+    "group re-quantised": (
+        "8 bits, keys per channel", compression.GroupedTokens, "_wait", frozen_each_time, whatever_the_chunking, 5),
+    "range forced to include zero": ("4 bits, from 10 to 265", compression, "quantize", with_zero, views),
+    "scale of a constant group": ("8 bits, one number", compression, "quantize", constant_is_zero, views),
+    "double free": ("paged, blocks of 5", paged.Blocks, "give", given_back_by_each, check_sharing),
+    "missing copy on write": ("paged, blocks of 5", paged, "must_copy", never, check_sharing),
+    "whole prompt hit": ("paged, blocks of 5", paged, "find_prefix", whole_prompt, check_prefixes),
+    "resume that repeats a token": ("paged, blocks of 5", Scheduler, "preempt", last_token_again, check_resume),
+    "stale key": ("paged, blocks of 5", paged.Blocks, "unname", nothing, check_prefixes),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_member_is_caught(fault, monkeypatch):
+    name, owner, function, wrong, contract, *arguments = WRONG[fault]
+    member = next(member for member in MEMBERS + OFF_ZERO if member.name == name)
+    contract(member, *arguments)  # the right one passes
+    monkeypatch.setattr(owner, function, wrong(getattr(owner, function)))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        contract(member, *arguments)
