@@ -8,6 +8,7 @@ __all__ = [
     "ring_slots",
     "survivors",
     "gone_positions",
+    "InterruptedLedger",
     "SlotKVCache",
     "SlidingWindowKVCache",
     "inside_positions",
@@ -33,7 +34,9 @@ __all__ = [
     "QuantizedModelKVCache",
     "cache_state",
     "state_problem",
-    "require_tokens",
+    "state_layout",
+    "TOKENS",
+    "state_kind",
     "save_cache",
     "cache_for",
     "fill",
@@ -85,9 +88,11 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
 
     Attention sees what the cache kept of the past and the whole new chunk. A member says what it keeps:
 
-        _resident(layer_idx) -> (key, value, pos)             arrays (B, H, R, D) twice and (B, R); -1 where empty
-        _take_in(layer_idx, key, value, n_new)                a committed chunk (B, H, T, D), n_new[row] of it valid
-        _forget(kept, stored), _gather(rows), reset, clone    as in lesson 17
+        _resident(layer_idx) -> (key, value, pos)  arrays (B, H, R, D) twice and (B, R); -1 where empty
+        _take_in(layer_idx, key, value, n_new)     a committed chunk (B, H, T, D), n_new[row] of it valid
+        _forget(kept, stored), _gather(rows)       as in lesson 17
+        _arrays() -> dict of name -> array         all that it keeps beside the lengths: reset, clone and files ask for it
+        _impossible(state) -> sentence or None     why no passes can have led to such arrays and "lengths"
     """
 
     def __init__(self, *sizes, **options):
@@ -106,10 +111,33 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         pos = np.concatenate([old_pos, new_pos], axis=1)
         return KVView(Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype), pos)
 
+    def advance(self):
+        """As in KVCache. If it is interrupted (Ctrl-C), some tokens have moved and others not: then reset() it."""
+        try:
+            super().advance()
+        except CacheStateError:  # refused, before anything moved
+            raise
+        except BaseException:
+            self._ledger = InterruptedLedger()
+            raise
+
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed."""
         self._pending.clear()
         self._ledger.close_pass()
+
+    def reset(self):
+        """Empty again: no bytes, no lengths, nothing pending."""
+        self.abandon()
+        for array in self._arrays().values():
+            array[...] = 0
+        self._ledger = CacheLedger(self.batch_size)
+
+    def clone(self):
+        """An independent copy of what is committed."""
+        lengths, twin = self.seq_lens, self._twin()
+        twin._replace(self._arrays(), lengths)
+        return twin
 
     def close(self):
         self._pending.clear()
@@ -119,6 +147,20 @@ class PendingKVCache(KVStore, CacheDoor, CacheRows):
         """What one layer still holds of its committed tokens, key and value (B, H_kv, R, D); empty slots are zero."""
         key, value, _ = self._resident(self._layer(layer_idx))
         return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
+
+    def _arrays(self):
+        raise NotImplementedError(f"{type(self).__name__} does not name the arrays that it keeps (_arrays), so it "
+                                  "cannot be copied or saved: keep the ids, and prefill again")
+
+    def _impossible(self, state):
+        """Nothing is impossible, as far as we know here."""
+
+    def _replace(self, arrays, lengths):
+        """Let these be what is kept."""
+        self.abandon()
+        for name, array in self._arrays().items():
+            array[...] = arrays[name]
+        self._ledger.lengths = lengths
 
     def _open_pass(self, lengths):
         """Nothing to find: room is made when the pass is committed."""
@@ -167,6 +209,24 @@ def gone_positions(resident, kept, window, sinks):
 
 
 # %% cell 27
+class InterruptedLedger(CacheLedger):
+    """In the place of the ledger after an advance() that was interrupted: who asks for lengths gets an error."""
+
+    def __init__(self):
+        """Nothing is counted."""
+
+    def close_pass(self):
+        """Nothing is open."""
+
+    @property
+    def lengths(self):
+        """CacheStateError."""
+        raise CacheStateError("advance() was interrupted, and some tokens stand in their new slots, others do not: "
+                              "reset() the cache, and run the text again")
+
+    written = lengths
+
+
 class SlotKVCache(PendingKVCache):
     """A cache of a fixed number of slots, whatever the text: `_pos` (L, B, slots) says which token stands where.
 
@@ -186,27 +246,20 @@ class SlotKVCache(PendingKVCache):
 
     def residents(self, layer_idx=0):
         """The positions that are kept, in order: (B, R), R those of the fullest row; -1 behind a shorter one."""
-        pos = self._pos[self._layer(layer_idx)]
-        return np.take_along_axis(pos, self._order(pos), axis=1)
+        layer = self._layer(layer_idx)
+        return np.take_along_axis(self._pos[layer], self._order(layer), axis=1)
 
     def get(self, layer_idx):
         """Key and value (B, H_kv, R, D) of one layer's `residents`, in the order of their positions; else zero."""
         layer = self._layer(layer_idx)
-        order = self._order(self._pos[layer])
+        order = self._order(layer)
         key, value = (np.stack([part[row][:, slots] for row, slots in enumerate(order)]) for part in self._store[layer])
         return Tensor(key, dtype=self.dtype), Tensor(value, dtype=self.dtype)
 
     def reset(self):
         """Empty again: no bytes, no lengths, nothing pending."""
-        self._store[...], self._pos[...], self._ledger = 0, -1, CacheLedger(self.batch_size)
-        self.abandon()
-
-    def clone(self):
-        """An independent copy of what is committed."""
-        twin = type(self)(self.batch_size, self.max_seq_len, self.num_layers, self.num_heads, self.head_dim,
-                          dtype=self.dtype, **self._options())
-        twin._store[...], twin._pos[...], twin._ledger.lengths = self._store, self._pos, self.seq_lens
-        return twin
+        super().reset()
+        self._pos[...] = -1
 
     @property
     def config(self):
@@ -220,10 +273,20 @@ class SlotKVCache(PendingKVCache):
         return {**super().get_memory_usage(), "used_bytes": used, "bookkeeping_bytes": self._notes_nbytes()}
 
     def _options(self):
-        return {"strict": self.strict, "tracker": self._tracker}
+        return {"dtype": self.dtype, "strict": self.strict, "tracker": self._tracker}
+
+    def _arrays(self):
+        return {"store": self._store, "positions": self._pos}
+
+    def _impossible(self, state):
+        pos, filled = state["positions"], (state["store"] != 0).any(axis=(1, 3, 5))  # (L, B, slots)
+        for layer, row in np.ndindex(pos.shape[:2]):
+            if not self._possible(pos[layer, row], int(state["lengths"][row])):
+                return f"positions of layer {layer}, row {row} cannot be those of {state['lengths'][row]} tokens"
+        return "store holds numbers in slots without a token" if filled[pos < 0].any() else None
 
     def _notes_nbytes(self):
-        return self._pos.nbytes
+        return sum(array.nbytes for name, array in self._arrays().items() if name != "store")
 
     def _used(self):
         """Slots that were ever taken: they are taken from the left."""
@@ -234,8 +297,9 @@ class SlotKVCache(PendingKVCache):
         key, value = self._store[layer_idx, :, :, :, :used]
         return key, value, self._pos[layer_idx, :, :used]
 
-    def _order(self, pos):
+    def _order(self, layer):
         """The slots of each row by their positions, the empty ones last: (B, R)."""
+        pos = self._pos[layer, :, : self._used()]
         order = np.where(pos < 0, np.iinfo(pos.dtype).max, pos).argsort(axis=1, kind="stable")
         return order[:, : (pos >= 0).sum(axis=1).max()]
 
@@ -300,6 +364,17 @@ class SlidingWindowKVCache(SlotKVCache):
     def _resident(self, layer_idx):
         key, value, pos = super()._resident(layer_idx)
         return key, value, self._numbered(pos)
+
+    def _possible(self, pos, length):
+        """Can these (slots,) be the positions of a row of so many tokens?"""
+        slots = np.flatnonzero(pos >= 0)
+        in_place = (ring_slots(pos[slots], self.sinks, self._ring) == slots).all()
+        return (in_place and -1 <= pos.min() and pos.max() < length
+                and not gone_positions(set(pos.tolist()), length, self.window, self.sinks))
+
+    def _impossible(self, state):
+        alike = (state["positions"] == state["positions"][0]).all()
+        return super()._impossible(state) if alike else "positions differ between the layers"
 
     def _numbered(self, pos):
         return inside_positions(pos, self._ledger.lengths, self.window, self.sinks) if self.renumber else pos
@@ -426,23 +501,12 @@ class HeavyHitterKVCache(SlotKVCache):
     def scores(self, layer_idx=0):
         """The attention that each of `residents` has received, (B, R); 0 where there is none."""
         layer = self._layer(layer_idx)
-        return np.take_along_axis(self._score[layer], self._order(self._pos[layer]), axis=1)
+        return np.take_along_axis(self._score[layer], self._order(layer), axis=1)
 
     def abandon(self):
         """Drop what is pending, and what was observed of it."""
         self._observed.clear()
         super().abandon()
-
-    def reset(self):
-        """Empty again: no bytes, no scores, no lengths, nothing pending."""
-        super().reset()
-        self._score[...] = 0
-
-    def clone(self):
-        """An independent copy of what is committed."""
-        twin = super().clone()
-        twin._score[...] = self._score
-        return twin
 
     def _allocate(self, num_slots):
         super()._allocate(num_slots)
@@ -454,8 +518,15 @@ class HeavyHitterKVCache(SlotKVCache):
     def _options(self):
         return {**super()._options(), "budget": self.budget, "recent": self.recent}
 
-    def _notes_nbytes(self):
-        return self._pos.nbytes + self._score.nbytes
+    def _arrays(self):
+        return {**super()._arrays(), "scores": self._score}
+
+    def _possible(self, pos, length):
+        """Can these (slots,) be the positions of a row of so many tokens?"""
+        held = min(self.budget, length)  # they stand in the first slots; the newest are among them
+        newest = range(max(length - self.recent, 0), length)
+        kept = set(pos[:held].tolist())
+        return len(kept) == held and set(newest) <= kept <= set(range(length)) and (pos[held:] == -1).all()
 
     def _keep_pass(self):
         unseen = [layer for layer in self.pending_layers if layer not in self._observed]
@@ -693,8 +764,8 @@ class GroupedTokens:
             start = stop
 
     def arrays(self):
-        """All that is stored."""
-        return [*self._units(), self.waiting]
+        """All that is stored, by name: units of codes, scale and low, and what is waiting."""
+        return {name: getattr(self, name) for name in ("codes", "scale", "low", "waiting")}
 
     def _units(self):
         return self.codes, self.scale, self.low
@@ -748,7 +819,7 @@ class GroupedTokens:
 
     def gather(self, rows):
         """Row r becomes what row rows[r] was."""
-        for array in self.arrays():
+        for array in self.arrays().values():
             array[...] = array[rows]
 
 
@@ -822,7 +893,7 @@ class QuantizedKVCache:
 
     def arrays(self):
         """All that is stored: of keys and of values, codes, scales, lows, and what waits."""
-        return [*self._keys.arrays(), *self._values.arrays()]
+        return [*self._keys.arrays().values(), *self._values.arrays().values()]
 
     def memory_bytes(self):
         """Bytes of all arrays, full or empty: codes, scales, lows, and room for the keys that wait."""
@@ -903,20 +974,23 @@ class QuantizedModelKVCache(PendingKVCache):
                    for form in self._formats for length in self.seq_lens)
         return {**super().get_memory_usage(), "used_bytes": self.num_layers * used}
 
-    def reset(self):
-        """Empty again: no bytes, no lengths, nothing pending."""
-        self.abandon()
-        self._store[...], self._ledger = 0, CacheLedger(self.batch_size)
-
-    def clone(self):
-        """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, **self._options())
-        twin._store[...], twin._ledger.lengths = self._store, self.seq_lens
-        return twin
-
     def _options(self):
         return {"bits": self.bits, "key_axis": self.key_axis, "group_size": self.group_size, "strict": self.strict,
                 "tracker": self._tracker}
+
+    def _arrays(self):
+        return {f"{layer}.{part}.{name}": array for layer, parts in enumerate(self._layers)
+                for part, grouped in zip(("key", "value"), parts) for name, array in grouped.arrays().items()}
+
+    def _impossible(self, state):
+        tokens = {"key": self._formats[0].tokens, "value": self._formats[1].tokens}  # of a unit
+        for path in self._arrays():
+            _, part, name = path.split(".")
+            for row, length in enumerate(state["lengths"].tolist()):
+                units, waiting = divmod(length, tokens[part])
+                if state[path][row, :, waiting if name == "waiting" else units :].any():
+                    return f"{path} holds numbers beyond the {length} tokens of row {row}"
+        return None
 
     def _resident(self, layer_idx):
         lengths = self._ledger.lengths
@@ -939,9 +1013,14 @@ class QuantizedModelKVCache(PendingKVCache):
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
+    A cache that does not keep each token as it came names arrays of its own, in the place of key and value.
+
     >>> {name: array.shape for name, array in cache_state(KVCache(1, 64, 2, 2, 8)).items()}
     {'key': (2, 1, 2, 0, 8), 'value': (2, 1, 2, 0, 8), 'lengths': (1,)}
     """
+    if isinstance(cache, PendingKVCache):
+        own = {name: array.copy() for name, array in cache._arrays().items()}
+        return {**own, "lengths": np.array(cache.seq_lens, np.int64)}
     layers = [cache.get(layer_idx) for layer_idx in range(cache.num_layers)]
     return {
         "key": np.stack([key.numpy() for key, _ in layers]),
@@ -953,48 +1032,63 @@ def cache_state(cache):
 # %% cell 98 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
-    if set(state) != {"key", "value", "lengths"}:
-        return f"it holds {sorted(state)[:5]}, a saved cache is key, value and lengths"
-    lengths, rows = state["lengths"], cache.batch_size
+    lengths, rows = state.get("lengths", np.zeros(0)), cache.batch_size
     if lengths.dtype != np.int64 or lengths.shape != (rows,) or lengths.min() < 0:
         return f"lengths must count the tokens of {rows} rows, got {lengths.dtype} {lengths.tolist()}"
     longest = int(lengths.max())
-    needed = (cache.num_layers, rows, cache.num_heads, longest, cache.head_dim)  # (L, B, H_kv, S, D)
-    for name in ("key", "value"):
+    needed = state_layout(cache, longest)  # name -> (shape, dtype)
+    if set(state) != {*needed, "lengths"}:
+        return f"it holds {sorted(state)[:5]}, this cache needs {sorted(needed)[:5]} and lengths"
+    for name, (shape, dtype) in needed.items():
         array = state[name]
-        if array.shape != needed:
-            return f"{name} has shape {array.shape}, this cache needs {needed}"
-        if array.dtype != cache.dtype:
-            return f"{name} is {array.dtype}, this cache stores {cache.dtype}"
+        if array.shape != shape:
+            return f"{name} has shape {array.shape}, this cache needs {shape}"
+        if array.dtype != dtype:
+            return f"{name} is {array.dtype}, this cache stores {dtype}"
         if not np.isfinite(array).all():
             return f"{name} holds a number that is not finite"
     if cache.capacity is not None and longest > cache.capacity:
         return f"it holds {longest} tokens, this cache has max_seq_len={cache.max_seq_len}"
-    return None
+    return cache._impossible(state) if isinstance(cache, PendingKVCache) else None
+
+
+def state_layout(cache, longest):
+    """The shape and dtype of each array, but for the lengths, in a state of this cache whose longest row has so many."""
+    if isinstance(cache, PendingKVCache):
+        return {name: (array.shape, array.dtype) for name, array in cache._arrays().items()}
+    shape = cache.num_layers, cache.batch_size, cache.num_heads, longest, cache.head_dim
+    return {"key": (shape, cache.dtype), "value": (shape, cache.dtype)}
 
 
 # %% cell 102
-def require_tokens(cache):
-    """NotImplementedError for a cache that compresses or forgets what it was given."""
-    if isinstance(cache, PendingKVCache):
-        raise NotImplementedError(f"{type(cache).__name__} does not keep each token as it came, so it cannot be "
-                                  "saved and continued exactly: save the ids, and prefill again")
+TOKENS = "tokens as they came"
+
+
+def state_kind(cache):
+    """What a file says of its arrays. All caches that keep each token as it came say the same, and can swap files."""
+    if not isinstance(cache, PendingKVCache):
+        return TOKENS
+    own = {name: value for name, value in cache._options().items() if name not in ("dtype", "strict", "tracker")}
+    return f"{type(cache).__name__}({', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
 
 def save_cache(cache, path):
-    """Write the committed tokens of a cache to a safetensors file, whole or not at all: a kill leaves the old file.
+    """Write what a cache holds to a safetensors file, whole or not at all: a kill leaves the old file.
 
-    CacheStateError while a pass is open. NotImplementedError for a cache that does not keep each token as it came.
+    CacheStateError while a pass is open. NotImplementedError for a cache that does not name its arrays.
     """
-    require_tokens(cache)
     if cache.pending_layers:
         raise CacheStateError(f"layers {cache.pending_layers} are pending: advance() or abandon(), then save")
-    save_checkpoint(path, cache_state(cache), {"format": "tinytorch KV cache", "max_seq_len": cache.max_seq_len})
+    notes = {"format": "tinytorch KV cache", "kind": state_kind(cache), "max_seq_len": cache.max_seq_len}
+    save_checkpoint(path, cache_state(cache), notes)
 
 
 # %% cell 103
 def cache_for(state, metadata, path):
-    """An empty KVCache of the sizes that a file names."""
+    """An empty KVCache of the sizes that a file of tokens names."""
+    kind = metadata.get("kind", TOKENS)
+    if kind != TOKENS:
+        raise ValueError(f"{path} is of a {kind}: make one, and load_cache(path, cache)")
     shape, longest = np.shape(state.get("key")), metadata.get("max_seq_len", "")
     if len(shape) != 5 or not longest.isdecimal():
         raise ValueError(f"{path} holds {sorted(state)[:5]}: no cache that save_cache wrote")
@@ -1003,8 +1097,10 @@ def cache_for(state, metadata, path):
 
 
 def fill(cache, state):
-    """Put a state that fits in place of all that the cache holds, as one pass."""
+    """Put a state that fits in place of all that the cache holds; tokens as they came are one pass."""
     lengths = state["lengths"].tolist()
+    if isinstance(cache, PendingKVCache):
+        return cache._replace(state, lengths)
     cache.reset()
     if max(lengths):
         for layer_idx in range(cache.num_layers):
@@ -1013,20 +1109,20 @@ def fill(cache, state):
 
 
 def load_cache(path, cache=None):
-    """Give a cache the tokens of a file that save_cache wrote, in place of its own (pending ones too); return it.
+    """Give a cache what is in a file that save_cache wrote, in place of all that it holds (pending, too); return it.
 
-    Without a cache: a new KVCache of the saved sizes. A given one may be any that keeps each token as it came, also
-    with another max_seq_len. What follows is bitwise what would have followed the cache that was saved.
-    ValueError for a file that is damaged or does not fit; the cache is then as it was.
+    Without a cache: a new KVCache of the saved sizes. One that keeps each token as it came takes the file of any other
+    such, also with another max_seq_len; else class, sizes and options must be the same. What follows is bitwise what
+    would have followed the cache that was saved. ValueError for a file that is damaged or does not fit; the cache is
+    then as it was.
     """
-    if cache is not None:
-        require_tokens(cache)
     state, metadata = load_checkpoint(path)
     cache = cache_for(state, metadata, path) if cache is None else cache
-    problem = state_problem(state, cache)
+    kind, own = metadata.get("kind", TOKENS), state_kind(cache)
+    before = cache_state(cache)
+    problem = state_problem(state, cache) if kind == own else f"it is of {kind}, this cache is of {own}"
     if problem:
         raise ValueError(f"{path} does not fit: {problem}. Nothing was loaded")
-    before = cache_state(cache)
     try:
         fill(cache, state)
     except BaseException:  # a cache that cannot grow, a pool without blocks, Ctrl-C

@@ -325,7 +325,14 @@ FIRST_SLOTS = 16  # a cache that grows starts with these, or with max_seq_len if
 
 
 class KVStore:
-    """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end."""
+    """The memory of a cache: its sizes, its one array (L, 2, B, H_kv, S, D), its bytes, its end.
+
+    A member that stores otherwise defines these hooks:
+
+        _options()                              keywords of its constructor, beside the sizes: clone() asks for them
+        _first_slots()                          slots per row to begin with
+        _store_bytes(shape), _new_store(shape)  what so many slots take, and the array; the tracker is asked in between
+    """
 
     def __init__(self, batch_size, max_seq_len, num_layers, num_heads, head_dim, *,
                  dtype=np.float32, strict=False, tracker=None, grow=False):
@@ -339,8 +346,12 @@ class KVStore:
         self._ledger = CacheLedger(self.batch_size)
 
     def _options(self):
-        """What from_config needs beside the sizes to make another cache like this one."""
-        return {"tracker": self._tracker, "strict": self.strict, "grow": self.grow}
+        return {"dtype": self.dtype, "strict": self.strict, "tracker": self._tracker, "grow": self.grow}
+
+    def _twin(self):
+        """An empty cache like this one."""
+        sizes = self.batch_size, self.max_seq_len, self.num_layers, self.num_heads, self.head_dim
+        return type(self)(*sizes, **self._options())
 
     def _first_slots(self):
         return min(FIRST_SLOTS, self.max_seq_len) if self.grow else self.max_seq_len
@@ -416,16 +427,17 @@ class KVStore:
         if allocation is not None:
             allocation.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
 
 # %% cell 33
 class CacheDoor:
-    """What may be asked of a cache, and what it refuses, before anything changes."""
+    """What may be asked of a cache, and what it refuses, before anything changes.
+
+    A member may define `window`, `sinks` and `observe`, and these hooks, which do nothing here:
+
+        _open_pass(lengths)  before a pass writes anything, with what each row will hold: to find room, or to refuse
+        _keep_pass()         when a pass is committed: to put its tokens where they belong
+        check_model(model)   before the cache joins a model: to refuse one on which it would be wrong
+    """
 
     window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
     observe = None  # observe(layer_idx, weights): lesson 22 evicts what is not looked at
@@ -460,7 +472,7 @@ class CacheDoor:
         self._ledger.commit()
 
     def check_model(self, model):
-        """Called before the cache joins a model, to raise where it would be wrong there; lesson 22 renumbers tokens."""
+        """Raise for a model on which this cache would be wrong; lesson 22 renumbers tokens."""
 
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
@@ -470,6 +482,12 @@ class CacheDoor:
         sizes = ", ".join(f"{name}={getattr(self, name)}" for name in
                           ("batch_size", "max_seq_len", "num_layers", "num_heads", "head_dim"))
         return f"{type(self).__name__}({sizes}, dtype={self.dtype.name}, seq_lens={self.seq_lens})"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
     def _accept(self, layer_idx, key, value, n_new):
         """Refuse what does not fit, before anything changes; else claim the layer and give back clean values."""
@@ -493,10 +511,10 @@ class CacheDoor:
         return layer, key, value, n_new
 
     def _open_pass(self, lengths):
-        """Called before a pass writes anything, with what each row will hold: the moment to find room."""
+        """The moment to find room."""
 
     def _keep_pass(self):
-        """Called when a pass is committed. Here its tokens stand where they belong; lesson 22 puts them there now."""
+        """Here the tokens stand where they belong already; lesson 22 puts them there now."""
 
     def _layer(self, layer_idx):
         if whole_number("layer_idx", layer_idx, least=0) >= self.num_layers:
@@ -512,7 +530,10 @@ class CacheDoor:
 class CacheRows:
     """What may be done to committed tokens: forget the newest, reorder the rows, copy everything.
 
-    Each of these drops what is pending, and changes nothing when it raises.
+    Each of these drops what is pending, and changes nothing when it raises. The hooks of a member that stores otherwise:
+
+        _forget(kept, stored)  cut each row from `stored` to `kept` tokens; or raise, before anything changes
+        _gather(rows)          row r becomes what row rows[r] was
     """
 
     def truncate(self, lengths):
@@ -544,7 +565,7 @@ class CacheRows:
 
     def clone(self):
         """An independent copy of what is committed."""
-        twin = type(self).from_config(self.config, **self._options())
+        twin = self._twin()
         twin._open_pass(self.seq_lens)
         for row, length in enumerate(self.seq_lens):
             twin._store[:, :, row, :, :length] = self._store[:, :, row, :, :length]

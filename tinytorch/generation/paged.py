@@ -713,9 +713,16 @@ class PagedPass(CacheDoor):
         """Count the new tokens in the tables; a layer that was skipped reads as zeros."""
         for layer_idx in set(range(self.num_layers)) - self._ledger.written:
             self.pool.store.clear(layer_idx, self._open.slots)
-        done, self._open, self.tokens = self._open, None, None
-        for seq, n, tokens in zip(self.seqs, self._ledger.n_new, done.tokens):
-            self.pool.tables.commit(seq, n, tokens)
+        starts = self.seq_lens
+        try:
+            for seq, n, tokens in zip(self.seqs, self._ledger.n_new, self._open.tokens):
+                self.pool.tables.commit(seq, n, tokens)
+        except BaseException:  # Ctrl-C between two rows: all of them, or none
+            self._release()
+            for seq, start in zip(self.seqs, starts):
+                self.pool.tables.truncate(seq, start)
+            raise
+        self._open = self.tokens = None
 
     def _tables(self, pending):
         tables = [self.pool.tables.table(seq, pending) for seq in self.seqs]
@@ -790,12 +797,6 @@ class PagedRows(PagedPass, CacheRows):
             self.max_seq_len, self._ledger = 0, CacheLedger(self.batch_size)
         if self.owns_pool:
             self.pool.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
 
     def _forget(self, kept, stored):
         self.abandon()  # a pool cuts no sequence with an open pass
