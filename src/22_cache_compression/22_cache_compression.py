@@ -644,9 +644,9 @@ class SlidingWindowKVCache(SlotKVCache):
 
     def _possible(self, pos, length):
         """Can these (slots,) be the positions of a row of so many tokens?"""
-        slots = np.flatnonzero(pos >= 0)
+        slots = np.flatnonzero(pos != -1)
         in_place = (ring_slots(pos[slots], self.sinks, self._ring) == slots).all()
-        return (in_place and -1 <= pos.min() and pos.max() < length
+        return (in_place and ((-1 <= pos) & (pos < length)).all()
                 and not gone_positions(set(pos.tolist()), length, self.window, self.sinks))
 
     def _impossible(self, state):

@@ -121,10 +121,11 @@ class TestSaveAndLoad:
         assert path.read_bytes() == before
         assert content(load_cache(path, other)) == content(cache)
 
-    def test_a_cache_that_does_not_keep_its_tokens_says_so(self, path):
+    def test_a_cache_that_does_not_name_its_arrays_says_so(self, path):
+        save_cache(KVCache(*SIZES), other := path.with_name("other"))
         cache = PendingKVCache(*SIZES)
-        for call in (lambda: save_cache(cache, path), lambda: load_cache(path, cache)):
-            with pytest.raises(NotImplementedError, match="PendingKVCache does not keep each token as it came"):
+        for call in (lambda: save_cache(cache, path), lambda: load_cache(other, cache), cache.clone):
+            with pytest.raises(NotImplementedError, match="PendingKVCache does not name the arrays that it keeps"):
                 call()
         assert not path.exists()
 
