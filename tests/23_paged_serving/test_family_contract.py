@@ -6,7 +6,9 @@ compared with another one. What only one member does is tested beside its lesson
 
 import copy
 import inspect
+import itertools
 import re
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +20,7 @@ from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor
 from tinytorch.core.training import load_checkpoint, save_checkpoint
 from tinytorch.generation import cache_compression as compression
-from tinytorch.generation import kv_cache, paged
+from tinytorch.generation import kv_cache
 from tinytorch.generation.cache_compression import (
     HeavyHitterKVCache,
     OffloadedKVCache,
@@ -36,7 +38,7 @@ from tinytorch.generation.kv_cache import (
     prefill,
     random_gpt,
 )
-from tinytorch.generation.paged import PagedKVCache, PagedModelKVCache, Request, Scheduler, paged_kv_cache
+from tinytorch.generation.paged import paged_kv_cache
 
 B, S, L, H, D = 2, 24, 3, 2, 8  # what random_gpt() stores, for two rows
 
@@ -357,6 +359,55 @@ REFUSED = {
     "bool": lambda k, v: (k > 0, v), "complex": lambda k, v: (k, v * 1j), "nothing": lambda k, v: (None, None),
     "too large": lambda k, v: (k, np.full(v.shape, 1e300)), "objects": lambda k, v: (k.astype(object), v),
 }
+
+
+def interrupted(call, line):
+    """Call it with a Ctrl-C before the given line of the package; False if it has ended before."""
+    seen = itertools.count()
+
+    def trace(frame, event, arg):
+        if event == "line" and next(seen) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(lambda frame, event, arg: trace if "tinytorch" in frame.f_code.co_filename else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+class TestInterruption:
+    @every
+    def test_a_commit_that_is_interrupted_is_whole_or_undone_or_an_error_until_reset(self, member):
+        line, step = 0, 1
+        while True:
+            both, chunk = started(member, (11, 6)), tokens(member, 3, seed=1)
+            before = content(both.cache)
+            for layer in range(L):
+                update(both.cache, layer, chunk[layer], [3, 2])
+            (twin := both.twin(both.cache.clone())).run(chunk, [3, 2])
+            stopped = interrupted(both.cache.advance, line)
+            both.cache.abandon()
+            try:
+                now = content(both.cache)
+            except CacheStateError as error:
+                assert "reset()" in str(error)
+                for name, arguments in (("truncate", [0]), ("rollback", [0]), ("reorder", [[0, 1]]), ("clone", []),
+                                        ("update", [0, *chunk[0]]), ("get", [0]), ("positions", [1]), ("advance", [])):
+                    with pytest.raises(CacheStateError):
+                        getattr(both.cache, name)(*arguments)
+                both.reset()
+            else:
+                assert now in (before, content(twin.cache)), f"line {line}: neither as before nor committed"
+                both.stored = both.stored if now == before else twin.stored
+            both.run(tokens(member, 2, seed=2), [1, 2])
+            if not stopped:
+                return
+            line, step = line + step, step + 2  # closely at first, then at fewer and fewer lines
 
 
 class TestBounds:
@@ -698,7 +749,8 @@ class TestThroughAModel:
     def test_a_model_takes_any_member_by_factory_or_ready_made_and_gives_its_own_parts_back(self, member):
         model, ids = random_gpt(), np.arange(12).reshape(B, 6)
         plain, parts = model(ids).numpy().copy(), parts_of(model)
-        made = enable_kv_cache(model, factory=member.factory, batch_size=B, max_seq_len=member.max_seq_len, **member.options)
+        options = {"batch_size": B, "max_seq_len": member.max_seq_len, **member.options}
+        made = enable_kv_cache(model, factory=member.factory, **options)
         assert model._kv_cache is made and model._cache_enabled is True
         assert (made.batch_size, made.num_layers, made.num_heads, made.head_dim) == (B, L, H, D)
         for cache in (made, member.make()):
@@ -762,7 +814,7 @@ DAMAGE = {
     "one length for all": lambda state: {"lengths": np.array([5])},
     "lengths of other tokens": lambda state: {"lengths": np.array([2, 3])},
     "an array too many": lambda state: {"more": np.zeros(3)},
-    "another dtype": lambda state: {name: array.astype(np.float64) for name, array in state.items() if name != "lengths"},
+    "another dtype": lambda state: {name: array.astype(np.float64) for name, array in state.items() if array.ndim > 1},
     "half of each array": lambda state: {name: array[:1] for name, array in state.items() if array.ndim > 1},
 }
 
@@ -827,106 +879,6 @@ class TestFiles:
                 self.refuse(member, path)
 
 
-# Sequences that share blocks, of which a cache of rows knows nothing. Oracle: a dict of lists of numbers.
-
-
-class Shared:
-    """A pool of blocks of 4 beside a dict: the tokens of each sequence, and as keys their numbers times 10."""
-
-    def __init__(self, num_blocks=12):
-        self.pool, self.texts = PagedKVCache(num_blocks, 4, 1, 1, max_seqs=6), {}
-
-    def add(self, text):
-        """A sequence for a prompt, of which what is here already is not run again: its id."""
-        seq = self.pool.add_sequence(text)
-        found = self.pool.seq_len(seq)
-        assert found < len(text), "a prompt that is here to its last token: none is left to run"
-        self.texts[seq] = list(text[:found])
-        self.write(seq, text[found:])
-        return seq
-
-    def write(self, seq, text):
-        keys = np.array(text, np.float32)[None, :, None] * 10
-        self.pool.update(seq, keys, -keys, text)
-        self.texts[seq] += text
-        self.check()
-
-    def fork(self, seq):
-        new = self.pool.fork(seq)
-        assert new not in self.texts
-        self.texts[new] = list(self.texts[seq])
-        return new
-
-    def cut(self, seq, length):
-        self.pool.truncate(seq, length)
-        del self.texts[seq][length:]
-        self.check()
-
-    def finish(self, seq):
-        self.pool.finish_sequence(seq)
-        del self.texts[seq]
-        self.check()
-
-    def check(self):
-        held = {block for seq in self.texts for block in self.pool.tables.table(seq)}
-        assert self.pool.num_free() == self.pool.num_blocks - len(held), "free blocks are those that nobody holds"
-        for seq, text in self.texts.items():
-            for part, sign in zip(self.pool.get_kv(seq), (10, -10)):
-                assert part.shape == (1, len(text), 1)
-                np.testing.assert_array_equal(part[0, :, 0], np.array(text) * sign, f"sequence {seq}")
-
-
-def check_sharing(member):
-    """Forks write on beside each other, end in any order, and all blocks come back."""
-    both = Shared()
-    first = both.add([1, 2, 3, 4, 5, 6])
-    second, third = both.fork(first), both.fork(first)
-    free = both.pool.num_free()
-    both.write(second, [7])
-    assert both.pool.num_free() == free - 1, "the shared partial block is copied, exactly once"
-    both.write(first, [8, 9, 10])
-    both.finish(first)
-    both.write(third, [11, 12, 13])
-    both.finish(second)
-    last = both.add([20, 21, 22, 23, 24])
-    both.finish(third)
-    both.finish(last)
-    assert both.pool.num_free() == both.pool.num_blocks
-
-
-def check_prefixes(member):
-    """A prompt takes over what is stored of it, never all of it, and never a block that has been written since."""
-    both = Shared()
-    first = both.add([1, 2, 3, 4, 5, 6, 7, 8])
-    again = both.add([1, 2, 3, 4, 5, 6, 7, 8])
-    assert len(set(both.pool.tables.table(first)) & set(both.pool.tables.table(again))) == 1
-    both.finish(again)
-    both.cut(first, 6)
-    both.write(first, [70, 80])
-    for text in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 70, 80, 9], [5, 6, 7, 8, 9]):
-        both.finish(both.add(text))
-    both.finish(first)
-    for start in range(100, 148, 8):  # every block is taken for something else
-        both.finish(both.add(list(range(start, start + 8))))
-    both.add([1, 2, 3, 4, 5, 6, 7, 8, 9])
-
-
-
-
-def check_resume(member):
-    """Who gave way and came back goes on where it stopped. Oracle: generate without a cache, for each alone."""
-    model, pool = random_gpt(), PagedModelKVCache(8, 4, L, H, D, max_seqs=2)
-    scheduler, prompts = Scheduler(model, pool), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]]
-    requests = [Request(prompt, 12, temperature=1.0, seed=seed) for seed, prompt in enumerate(prompts)]
-    for request in requests:
-        scheduler.add(request)
-    scheduler.run()
-    assert scheduler.preemptions == 1, f"{scheduler.preemptions} gave way"
-    for seed, (prompt, request) in enumerate(zip(prompts, requests)):
-        expected = model.generate(prompt, 12, temperature=1.0, rng=np.random.default_rng(seed))
-        assert prompt + request.tokens == expected and len(set(request.tokens)) > 6
-
-
 # Wrong members: one thing is replaced by what somebody may well write, and a test of the contract must fail.
 
 
@@ -972,26 +924,6 @@ def trimmed(right):
     return resident
 
 
-def given_back_by_each(right):
-    def give(self, block):
-        self.counts[block] = max(self.counts[block] - 1, 0)
-        self.free[block] = None
-
-    return give
-
-
-def whole_prompt(right):
-    return lambda blocks, tokens, block_size: right(blocks, [*tokens, 0], block_size)
-
-
-def last_token_again(right):
-    def preempt(self, request):
-        right(self, request)
-        request.tokens += request.tokens[-1:]
-
-    return preempt
-
-
 def with_zero(right):
     """The range of a group is forced to include zero."""
     def quantize(x, axis, bits):
@@ -1024,10 +956,6 @@ def nothing(right):
     return lambda *arguments: None
 
 
-def never(right):
-    return lambda blocks, holders: [False] * len(blocks)
-
-
 views = TestTwoSteps().test_a_view_shows_all_that_the_new_tokens_may_look_at_and_get_what_is_committed
 whatever_the_chunking = TestTwoSteps().test_what_is_stored_is_the_same_bytes_whatever_the_chunking
 skipped = TestTwoSteps().test_a_layer_that_was_skipped_reads_as_zeros
@@ -1054,11 +982,6 @@ WRONG = {  # what is wrong: member, whose function is replaced, by what, and the
         "8 bits, keys per channel", compression.GroupedTokens, "_wait", frozen_each_time, whatever_the_chunking, 5),
     "range forced to include zero": ("4 bits, from 10 to 265", compression, "quantize", with_zero, views),
     "scale of a constant group": ("8 bits, one number", compression, "quantize", constant_is_zero, views),
-    "double free": ("paged, blocks of 5", paged.Blocks, "give", given_back_by_each, check_sharing),
-    "missing copy on write": ("paged, blocks of 5", paged, "must_copy", never, check_sharing),
-    "whole prompt hit": ("paged, blocks of 5", paged, "find_prefix", whole_prompt, check_prefixes),
-    "resume that repeats a token": ("paged, blocks of 5", Scheduler, "preempt", last_token_again, check_resume),
-    "stale key": ("paged, blocks of 5", paged.Blocks, "unname", nothing, check_prefixes),
 }
 
 

@@ -356,10 +356,11 @@ class PassBook(SequenceBook):
                                   f"{0 if pending is None else pending.n} are reserved: reserve(seq, n) comes first")
         if tokens is not None and len(tokens) != n:
             raise ValueError(f"{len(tokens)} tokens were named, {n} are stored in sequence {seq}")
-        self._leave(pending, self.blocks.give)
-        if tokens is not None and len(sequence.tokens) == sequence.length:
-            sequence.tokens += tokens
+        all_known = tokens is not None and len(sequence.tokens) == sequence.length
         sequence.blocks, sequence.length, sequence.pending = pending.blocks, sequence.length + n, None
+        self._leave(pending, self.blocks.give)  # from here on, Ctrl-C may cost a free block or a name, and no token
+        if all_known:
+            sequence.tokens += tokens
         self._name_full_blocks(sequence)
 
     def release(self, seq):
