@@ -2401,6 +2401,13 @@ def test_unit_saved():
         save_checkpoint(path, {**state, "value": with_number(state["value"], np.nan)})
         message = error_of(lambda: load_cache(path, fresh))
         assert "value" in message, f"a file with a NaN among the values: said {message!r}"
+        ring, other = (SlidingWindowKVCache(2, None, 3, 2, 8, window=3, sinks=1) for _ in range(2))
+        model(ids, cache=ring)
+        save_cache(ring, path)
+        message = error_of(lambda: load_cache(path, fresh))
+        assert "SlidingWindowKVCache" in message, f"a window's file for a cache of all tokens: said {message!r}"
+        got, expected = (model(ids[:, :1], cache=each).numpy() for each in (load_cache(path, other), ring))
+        assert np.array_equal(got, expected), "a window that was saved does not go on bit by bit"
     for name, array in cache_state(fresh).items():
         assert np.array_equal(array, before[name]), f"a refused file changed the {name} of the cache"
     for twin in twins:
