@@ -690,7 +690,8 @@ class CachedAttention(StandIn):
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         visible = None if visible.all() else visible  # a mask that hides nothing only costs time
-        return self.merge(self.attend(query, key, value, visible))
+        mixed = self.attend(query, key, value, visible)
+        return self.merge(mixed)
 
     def project(self, x, positions):
         """The attention's own; one that turns queries and keys by their positions (lesson 21) is told them."""
