@@ -462,18 +462,43 @@ def show_beams(prompt="If the expression is", max_new_tokens=24, widths=(1, 2, 4
     ids = tokenizer.encode(prompt)
     print("beams   log-prob   with a cache   without   text")
     for width in widths:
-        cache, times = cache_of(model, width, len(ids) + max_new_tokens), []
-        for way in (cache, None):
-            best, *_ = beam_search(model, ids, width, max_new_tokens, cache=way)
-            times.append(measure_latency(beam_search, model, ids, width, max_new_tokens, warmup=0, repeats=3)
-                         if way is None else
-                         measure_latency(lambda: beam_search(model, ids, width, max_new_tokens, cache=cache), repeats=3))
-        cached, plain = (f"{1e3 * seconds / max_new_tokens:.2f} ms" for seconds in times)
-        print(f"{width:>5} {best.log_prob:>10.2f} {cached:>14} {plain:>9}   {tokenizer.decode(best.ids)!r}")
+        ms = []
+        for cache in (cache_of(model, width, len(ids) + max_new_tokens), None):
+            def run(width=width, cache=cache):
+                return beam_search(model, ids, width, max_new_tokens, cache=cache)[0]
+
+            ms.append(1e3 * measure_latency(run, warmup=1, repeats=3) / max_new_tokens)
+        best = run()
+        print(f"{width:>5} {best.log_prob:>10.2f} {ms[0]:>11.2f} ms {ms[1]:>6.2f} ms   {tokenizer.decode(best.ids)!r}")
 
 
 if __name__ == "__main__":
     show_beams()
+
+# %% [markdown]
+"""
+Four beams of one prompt hold four copies of its keys, and each `reorder` copies the whole cache. In a paged cache
+(lesson 23) the beams share blocks, and only a block that two of them write is copied. *Predict* for a prompt of 64
+tokens, 4 beams, 16 new tokens and blocks of 16: how many slots does each cache need?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "24-measure-fork", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_forks(beam_width=4, prompt_len=64, max_new_tokens=16, block_size=16):
+    """The same search on contiguous rows and on forks of one pool: slots that hold tokens, and the texts."""
+    from tinytorch.generation.paged import paged_kv_cache
+
+    model, prompt = random_gpt(256, 128, 4, 4, 128, 4), [i % 256 for i in range(prompt_len)]
+    sizes = (beam_width, prompt_len + max_new_tokens, model.num_layers, *stored_heads(model))
+    rows, forks = create_kv_cache(*sizes), paged_kv_cache(*sizes, block_size=block_size)
+    beams = [beam_search(model, prompt, beam_width, max_new_tokens, cache=cache) for cache in (rows, forks)]
+    blocks = forks.pool.num_blocks - forks.pool.num_free()
+    print(f"contiguous: {beam_width} rows of {rows.seq_pos} tokens, {sum(rows.seq_lens)} slots")
+    print(f"paged:      {blocks} blocks of {block_size}, {blocks * block_size} slots")
+    print("same texts:", [beam.ids for beam in beams[0]] == [beam.ids for beam in beams[1]])
+
+
+if __name__ == "__main__":
+    show_forks()
 
 # %% [markdown]
 """
@@ -959,20 +984,21 @@ def chance_of_agreement(rounds):
     return accepted / max(1, accepted + sum(done.accepted < done.proposed for done in rounds))
 
 
-def compare(draft, target, prompt, max_new_tokens, k):
-    """Acceptance, tokens per pass and predicted ones, milliseconds per token (speculative, plain), same text?"""
+def compare(draft, target, prompts, max_new_tokens, k):
+    """Acceptance, tokens per pass and predicted ones, milliseconds per token (speculative, plain), same texts?"""
     caches = {"draft_cache": cache_of(draft), "target_cache": cache_of(target)}
-    rounds, plain_cache = [], cache_of(target)
+    rounds, plain_cache, written = [], cache_of(target), len(prompts) * max_new_tokens
 
     def guess(on_round=None):
-        return speculative_generate(draft, target, prompt, max_new_tokens, k, on_round=on_round, **caches)
+        return [speculative_generate(draft, target, prompt, max_new_tokens, k, on_round=on_round, **caches)
+                for prompt in prompts]
 
     def plain():
-        return target.generate(prompt, max_new_tokens, cache=plain_cache)
+        return [target.generate(prompt, max_new_tokens, cache=plain_cache) for prompt in prompts]
 
     same, a = guess(rounds.append) == plain(), chance_of_agreement(rounds)
-    ms = [1e3 * measure_latency(run, warmup=0, repeats=3) / max_new_tokens for run in (guess, plain)]
-    return a, max_new_tokens / len(rounds), expected_tokens(a, k), *ms, same
+    ms = [1e3 * measure_latency(run, warmup=0, repeats=3) / written for run in (guess, plain)]
+    return a, written / len(rounds), expected_tokens(a, k), *ms, same
 
 
 TABLE_HEAD = "accepted   tokens/pass   predicted   ms/token   plain   speed-up   same text"
@@ -983,12 +1009,13 @@ def table_row(a, tokens, expected, speculative, plain, same):
             f"   {same}")
 
 
-def show_speed(strengths=(1, 0.4, 0.2, 0.1, 0), k=4):
+def show_speed(cases=((1, 4), (0.2, 4), (0.1, 2), (0.1, 4), (0.1, 8), (0, 4), (0, 8)), max_new_tokens=45):
     """The whole range of acceptance: a target of 6 layers, 512 wide; the draft is its first."""
-    print("strength   " + TABLE_HEAD)
-    for strength in strengths:
+    print("strength  k   " + TABLE_HEAD)
+    for strength, k in cases:
         target = refining_gpt(strength)
-        print(f"{strength:>8}   " + table_row(*compare(first_layers(target, 1), target, [1, 2, 3, 4], 64, k)))
+        row = table_row(*compare(first_layers(target, 1), target, [[1, 2, 3, 4]], max_new_tokens, k))
+        print(f"{strength:>8} {k:>2}   {row}")
 
 
 if __name__ == "__main__":
@@ -1005,20 +1032,29 @@ And on real text, with the demo's GPT? Its layers are 128 wide and there are fou
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-measure-demo", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def show_demo(prompt="The following methods are", max_new_tokens=48):
-    """Drafts of 1, 2 and 3 of the demo's 4 layers, several k; then one text with what came from the draft in brackets."""
+def held_out_prompts(tokenizer, count=6, length=32):
+    """Prompts from the part of the documentation that the demo's GPT was not trained on."""
+    from tinytorch.demo.language import splits, text
+
+    _, ids = splits(tokenizer.encode(text()))
+    return [ids[start : start + length].tolist() for start in range(0, len(ids) - length, len(ids) // count)][:count]
+
+
+def show_demo(max_new_tokens=32):
+    """Drafts of 1, 2 and 3 of the demo's 4 layers, several k; then one text, what the draft gave in brackets."""
     from tinytorch.demo.language import load
 
     target, tokenizer, _ = load()
-    ids = tokenizer.encode(prompt)
+    prompts = held_out_prompts(tokenizer)
     print("layers  k   " + TABLE_HEAD)
     for layers, k in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 4)):
-        print(f"{layers:>6} {k:>2}   " + table_row(*compare(first_layers(target, layers), target, ids, max_new_tokens, k)))
+        print(f"{layers:>6} {k:>2}   " + table_row(*compare(first_layers(target, layers), target, prompts, max_new_tokens, k)))
     rounds = []
-    speculative_generate(first_layers(target, 2), target, ids, max_new_tokens, on_round=rounds.append)
-    marked = [(f"[{tokenizer.decode(done.kept[: done.accepted])}]" if done.accepted else "")
-              + tokenizer.decode(done.kept[done.accepted :]) for done in rounds]
-    print(f"\n{prompt}{''.join(marked)}")
+    speculative_generate(first_layers(target, 2), target, prompts[1], max_new_tokens, on_round=rounds.append)
+    print("\n" + tokenizer.decode(prompts[1]), end="")
+    for done in rounds:
+        guessed, own = tokenizer.decode(done.kept[: done.accepted]), tokenizer.decode(done.kept[done.accepted :])
+        print((f"[{guessed}]" if guessed else "") + own, end="")
 
 
 if __name__ == "__main__":
@@ -1171,20 +1207,20 @@ only whether their peaks agree.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-measure-sampled", "locked": true, "schema_version": 3, "solution": false, "task": false}
-def show_temperatures(temperatures=(0, 0.5, 1, 2), prompt="The following methods are", max_new_tokens=40, texts=8):
+def show_temperatures(temperatures=(0, 0.5, 1, 2), max_new_tokens=32):
     """Acceptance by temperature, on the demo's GPT with its first two layers as the draft."""
     from tinytorch.demo.language import load
 
     target, tokenizer, _ = load()
-    draft, ids, rng = first_layers(target, 2), tokenizer.encode(prompt), np.random.default_rng(0)
+    draft, rng = first_layers(target, 2), np.random.default_rng(0)
     for temperature in temperatures:
         rounds = []
-        for _ in range(texts):
-            text = speculative_generate(draft, target, ids, max_new_tokens, temperature=temperature, rng=rng,
+        for prompt in held_out_prompts(tokenizer):
+            text = speculative_generate(draft, target, prompt, max_new_tokens, temperature=temperature, rng=rng,
                                         on_round=rounds.append)
         tokens = sum(len(done.kept) for done in rounds)
         print(f"temperature {temperature:<4} accepted {chance_of_agreement(rounds):.2f}, {tokens / len(rounds):.2f} tokens "
-              f"per pass   {tokenizer.decode(text)[:70]!r}")
+              f"per pass   {tokenizer.decode(text[len(prompt) :])[:60]!r}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def check_beams(model, prompt, beam_width, max_new_tokens, cache, length_penalty
     return ids
 
 
-# %% cell 28 (24-run)
+# %% cell 30 (24-run)
 def run_new(model, cache, tokens, count=1):
     """Run what the cache lacks of `tokens`, a list: logits (count, V) of what follows each of the last `count`.
 
@@ -204,7 +204,7 @@ def run_new(model, cache, tokens, count=1):
         return model.head(model.hidden(new)[:, -count:]).numpy()[0]
 
 
-# %% cell 31 (24-accept)
+# %% cell 33 (24-accept)
 def accept_greedy(choices, proposals):
     """The tokens to keep: the proposals up to the first that the target would not choose, and its own there.
 
@@ -219,14 +219,14 @@ def accept_greedy(choices, proposals):
     return choices[: agreed + 1]
 
 
-# %% cell 34 (24-forget)
+# %% cell 36 (24-forget)
 def forget_rejected(draft_cache, target_cache, proposed, kept):
     """Roll both caches back to what is text. proposed: the guesses of the round; kept: its tokens, 1 to proposed + 1."""
     target_cache.rollback(proposed + 1 - kept)
     draft_cache.rollback(max(proposed - kept, 0))
 
 
-# %% cell 37
+# %% cell 39
 class Round(NamedTuple):
     """One round: tokens that the draft proposed, how many of the kept ones are its own, and the kept tokens."""
 
@@ -268,7 +268,7 @@ def one_round(draft, target, caches, tokens, count, temperature, top_k, rng, sto
     return Round(count, min(accepted, len(kept)), kept)
 
 
-# %% cell 38
+# %% cell 40
 def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperature=0.0, top_k=None, rng=None,
                          stop_token=None, draft_cache=None, target_cache=None, on_round=None):
     """The text that target.generate would write, in fewer of its passes: the draft guesses k tokens, the target checks.
@@ -341,7 +341,7 @@ def both_caches(draft, target, draft_cache, target_cache, prompt_len, max_new_to
     return draft_cache, target_cache
 
 
-# %% cell 45
+# %% cell 47
 def first_layers(model, num_layers):
     """A draft that costs no memory: the model's own first layers, under its norm and head; all parts are shared."""
     if whole_number("num_layers", num_layers) > model.num_layers:
@@ -361,7 +361,7 @@ def expected_tokens(acceptance, k):
     return sum(acceptance**i for i in range(k + 1))
 
 
-# %% cell 51 (24-residual)
+# %% cell 53 (24-residual)
 def residual(p, q):
     """What p wants beyond what q offers, as probabilities: max(0, p - q), normalised. p, q, result (V,).
 
@@ -371,7 +371,7 @@ def residual(p, q):
     return rest / rest.sum() if rest.any() else p
 
 
-# %% cell 54 (24-sample)
+# %% cell 56 (24-sample)
 def accept_sampled(p, q, proposals, rng):
     """The tokens to keep, distributed as if drawn from the target one by one: a list of 1 to n + 1.
 
