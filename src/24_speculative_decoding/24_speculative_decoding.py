@@ -108,12 +108,15 @@ if __name__ == "__main__":
 Read the last line from left to right. The second row is dear: one row is a vector times a matrix, two are a product
 of matrices, for which the BLAS under NumPy first copies the weights into blocks of its own. After that the suspicion
 holds: the rows up to the seventeenth cost little.
+"""
 
-So there are rows to be had at a discount. What shall they hold?
+# %% [markdown]
+"""
+So there are rows at a discount. What shall they hold?
 
-* **Other texts** (part A). Follow several beginnings at once, one per row of the batch: beam search.
-* **Guesses** (part B). Guess the next tokens by a cheap model, and let the dear one check all of them in one pass:
-  speculative decoding. Part C does it for sampled text.
+* **Other texts** (part A). Follow several beginnings at once, one per row: beam search.
+* **Guesses** (part B). A cheap model guesses the next tokens, the dear one checks all of them in one pass. Part C does
+  it for sampled text.
 """
 
 # %% [markdown]
@@ -130,10 +133,13 @@ Greedy decoding takes the best next token, and cannot know that a less likely on
     beam 1   0.4      0.36      0.02      0.02
 
 Greedy follows beam 0, and gets 0.20. The best two of all six cells are 0.36 (beam 1, token 0) and 0.20 (beam 0, token
-2): both become beams. Products of many probabilities vanish, so we add their logarithms.
+2): both become beams.
+"""
 
-`scores` (B,) are the logarithms of the texts, `logits` (B, V) come from the model. Find the best `count` cells. A
-number of a cell in the flat table is `parent * V + token`.
+# %% [markdown]
+"""
+Products of many probabilities vanish, so we add their logarithms: `scores` (B,) are those of the texts. Find the best
+`count` cells of the whole table. A cell's number in the flat table is `parent * V + token`.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-continuations", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -192,16 +198,16 @@ if __name__ == "__main__":
 """
 ## 3. The cache of the right parent
 
-After the step of the picture, row 0 goes on with what was beam 1, and row 1 with what was beam 0. The text moves, and
-so must everything that was remembered about it:
+Row 0 now goes on with what was beam 1, and row 1 with what was beam 0. The text moves, and so must everything that was
+remembered about it:
 
     texts    row 0   a b          parents [1, 0]     row 0   a c 0
              row 1   a c          tokens  [0, 2]     row 1   a b 2
     cache    row 0   keys a b                        row 0   keys a c
              row 1   keys a c                        row 1   keys a b
 
-A cache that stays behind raises no error. The beams go on, each remembering the other's text. `cache.reorder(rows)`
-of lesson 17 is all it takes; a paged cache (lesson 23) copies no keys for it, it forks its tables.
+A cache that stays behind raises no error: each beam goes on, remembering the other's text. `cache.reorder(rows)` of
+lesson 17 is all it takes.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-follow", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -250,14 +256,17 @@ if __name__ == "__main__":
 """
 ## 4. Beams that end
 
-A beam whose new token is a stop token is finished. It must not go on, and it must not take the place of one that
-does. So we ask for more candidates than beams, best first, and part them. Two beams, stop token 9:
+A beam that meets a stop token is finished. It must not go on, nor take the place of one that does. So we ask for more
+candidates than beams, and part them. Two beams, stop token 9, candidates best first:
 
-    rank   0    1    2    3        the best 2 that stop are finished:   rank 0        (rank 3 is no beam any more)
-    token  9    4    5    9        the first 2 that do not, live on:    ranks 1, 2
+    rank   0    1    2    3        of the best 2, those that stop are finished:   rank 0    (rank 3 is no beam)
+    token  9    4    5    9        the best 2 of those that do not, live on:      ranks 1, 2
+"""
 
-A beam brings one candidate for each stop token, so beam_width * (1 + number of stop tokens) candidates always leave
-beam_width that live. Ranks that score -inf are no texts: they can never be finished.
+# %% [markdown]
+"""
+How many candidates? Each beam brings one for each stop token, so beam_width * (1 + stop tokens) always leave
+beam_width that live. A score of -inf means that there is no such text, so it cannot be finished.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-ends", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -296,15 +305,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Now the search, given. Two things in it are worth a look.
-
-* **One prompt, many rows.** The prompt is read once, into row 0 (`n_new` is 0 for the others); then every row becomes
-  row 0. In a paged cache the rows now share its blocks.
-* **When to stop.** A log-probability only falls as a text grows. When as many texts are finished as there are beams,
-  and none of the living can overtake them, it is over.
-
-Long texts have small probabilities. `length_penalty` a ranks by log-probability / length ** a, as Hugging Face's
-`generate` does (a form of Wu et al. 2016, arXiv:1609.08144, section 7); 0 ranks by probability.
+Now the search, given. First, what it runs: the prompt is read once, into row 0 (`n_new` is 0 for the others), and then
+every row becomes row 0. In a paged cache they share its blocks from now on.
 """
 
 # %%
@@ -342,6 +344,15 @@ def next_logits(model, ids, cache=None):
     cache.reorder([0] * batch_size)
     return np.repeat(model.head(last).numpy(), batch_size, axis=0)
 
+# %% [markdown]
+"""
+When is it over? A log-probability only falls as a text grows: as soon as there are as many finished texts as beams, and
+no living one can overtake them.
+
+Long texts have small probabilities. `length_penalty` a ranks by log-probability / length ** a, as Hugging Face's
+`generate` does (a form of Wu et al. 2016, arXiv:1609.08144, section 7); 0 ranks by probability.
+"""
+
 # %%
 #| export
 def beam_search(model, prompt, beam_width, max_new_tokens, *, cache=None, stop_token=None, length_penalty=0.0):
@@ -363,6 +374,20 @@ def beam_search(model, prompt, beam_width, max_new_tokens, *, cache=None, stop_t
     return [beam._replace(ids=like_prompt(np.array([beam.ids], ids.dtype), prompt)) for beam in found]
 
 
+def check_beams(model, prompt, beam_width, max_new_tokens, cache, length_penalty):
+    """The prompt as ids (1, P), or a ValueError that says what does not fit."""
+    beam_width, ids = whole_number("beam_width", beam_width), check_prompt(prompt, max_new_tokens, model.max_seq_len)
+    if len(ids) != 1:
+        raise ValueError(f"beam search takes one prompt, got {len(ids)}: each needs all rows of the batch")
+    if not 0 <= length_penalty < math.inf:
+        raise ValueError(f"length_penalty is 0 or positive, got {length_penalty}")
+    if cache is not None and cache.batch_size != beam_width:
+        raise ValueError(f"each beam needs a row: beam_width={beam_width}, the cache has batch_size={cache.batch_size}")
+    check_capacity(cache, ids.shape[1], max_new_tokens)
+    return ids
+
+# %%
+#| export
 def search(model, ids, beam_width, max_new_tokens, cache, stops, length_penalty):
     """The loop of `beam_search`, on ids (1, P)."""
     if cache is not None and max_new_tokens and cache.seq_pos:
@@ -387,19 +412,6 @@ def ranked(beams, texts, scores, length, length_penalty):
     penalty = max(length, 1) ** length_penalty
     new = [Beam(text, float(score), float(score) / penalty) for text, score in zip(texts, scores) if score > -np.inf]
     return sorted(beams + new, key=lambda beam: -beam.score)
-
-
-def check_beams(model, prompt, beam_width, max_new_tokens, cache, length_penalty):
-    """The prompt as ids (1, P), or a ValueError that says what does not fit."""
-    beam_width, ids = whole_number("beam_width", beam_width), check_prompt(prompt, max_new_tokens, model.max_seq_len)
-    if len(ids) != 1:
-        raise ValueError(f"beam search takes one prompt, got {len(ids)}: each needs all rows of the batch")
-    if not 0 <= length_penalty < math.inf:
-        raise ValueError(f"length_penalty is 0 or positive, got {length_penalty}")
-    if cache is not None and cache.batch_size != beam_width:
-        raise ValueError(f"each beam needs a row: beam_width={beam_width}, the cache has batch_size={cache.batch_size}")
-    check_capacity(cache, ids.shape[1], max_new_tokens)
-    return ids
 
 # %% [markdown]
 """
@@ -502,10 +514,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* A text of higher probability is not always the better text: Holtzman et al. (*The Curious Case of Neural
-Text Degeneration*, 2020, arXiv:1904.09751) found beams of large models repeating themselves, where people write what
-is less probable. Where one right answer is wanted (translation, speech), beams help; for stories we sample. Can a
-wider beam find a *worse* text? (Yes: a beam that would have won can be pushed out early by better beginnings.)
+*Look back.* Is the most probable text the best one? (Holtzman et al., *The Curious Case of Neural Text Degeneration*,
+2020, arXiv:1904.09751, found that beams repeat themselves, where people write what is less probable.) Can a wider beam
+find a less probable text? (Yes: a beam that would have won can be pushed out early by better beginnings.)
 """
 
 # %% [markdown]
@@ -514,9 +525,8 @@ wider beam find a *worse* text? (Yes: a beam that would have won can be pushed o
 
 ## 5. Guess, then check
 
-Decoding is serial: token 7 waits for token 6. But *checking* is not: given six guesses, one pass shows what the model
-would have said after each of them. So a cheap model, the **draft**, guesses k tokens, and the dear one, the
-**target**, checks them:
+Decoding is serial: token 7 waits for token 6. *Checking* is not: one pass over six guesses shows what the model would
+have said after each. So a cheap model, the **draft**, guesses k tokens, and the dear one, the **target**, checks them:
 
     text so far              the cat
     draft guesses (k = 4)            sat  on  my   mat
@@ -524,11 +534,13 @@ would have said after each of them. So a cheap model, the **draft**, guesses k t
     agreed                           sat  on
     kept                             sat  on  the
 
-The target's pass ran five rows: the newest token of the text and the four guesses. Each row says what follows. Two
-guesses agree; at the third the target's own word is there already, for free. What it says after `my` belongs to
-another text. So each pass yields from 1 to k + 1 tokens, and every one of them is what the target would have said.
+The pass ran five rows: the newest token of the text and the four guesses. Each row says what follows it. Two guesses
+agree; at the third the target's own word is there already, for free. What it says after `my` belongs to another text.
+"""
 
-*Predict:* the passes of the target for 12 new tokens with k = 3, if the draft is always right, and if it is never.
+# %% [markdown]
+"""
+So each pass yields from 1 to k + 1 tokens, and every one is what the target would have said. *Predict:* the passes of the target for 12 new tokens with k = 3, if the draft is always right, and if it is never.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-predict-passes", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -558,13 +570,15 @@ if __name__ == "__main__":
 """
 ## 6. Run what the cache lacks
 
-Both models have a cache of their own, and both need the same thing: run the tokens that the cache does not hold yet,
-and say what follows the last few. The target, whose cache lacks the newest token and the guesses, asks for k + 1
-answers; the draft asks for one, k times.
+Both models have a cache of their own, and need the same: run the tokens that the cache lacks, and say what follows the
+last few. The target asks for k + 1 answers at once; the draft for one, k times.
 
 How many tokens does a cache lack? Do not count, ask: `cache.seq_pos` are there. The draft is the trap. It never runs
-its last guess, for nobody asked what follows; if that is accepted, its cache lacks *two* tokens in the next round.
+its last guess, for nobody asks what follows; if that is accepted, it lacks *two* tokens in the next round.
+"""
 
+# %% [markdown]
+"""
 Within `with cache.attached_to(model):`, `model.hidden(ids)` (1, T) -> (1, T, E) runs a pass and commits it;
 `model.head(...)` makes logits. Only the last `count` positions need the head.
 """
@@ -615,8 +629,8 @@ if __name__ == "__main__":
 
     proposals    sat  on  my   mat            choices    sat  on  the  big  .
 
-Keep the longest prefix on which both agree, and the target's next word. Only a *prefix*: if both agree again further
-on, it is by chance, for there the target was shown a text that will not be written.
+Keep the longest prefix on which both agree, and the target's next word. Only a *prefix*: agreement further on is by
+chance, for there the target was shown a text that will not be written.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-accept", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -663,16 +677,15 @@ if __name__ == "__main__":
 """
 ## 8. What is forgotten
 
-After a round both caches may hold tokens that will never be text. Count with the picture: 2 tokens of text, 4
-proposals, 3 kept (sat on the). The newest token of a text is never in a cache, so before the round both held `the`:
+After a round both caches may hold tokens that will never be text. The picture again: 2 tokens of text, 4 proposals, 3
+kept (sat on the). The newest token of a text is in no cache, so before the round both held `the`:
 
     ran by the target    cat  sat  on | my  mat        5 rows, the first 3 are text: forget 2
     ran by the draft     cat  sat  on | my             4 rows, the first 3 are text: forget 1
     now the text is      the cat sat on the            and both caches hold `the cat sat on`
 
-In general the target ran proposals + 1 tokens, the draft one less, and the first `kept` of them are text. If all
-five are kept, the target forgets nothing. And the draft, which ran only four? It cannot forget -1 tokens: its
-cache just stays one behind.
+The target ran proposals + 1 tokens, the draft one less; the first `kept` of them are text. If all five are kept, the
+target forgets nothing. And the draft, which ran only four? It cannot forget -1 tokens: it stays one behind.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-forget", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -720,13 +733,25 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The loop, given: propose, check, keep, forget. A round never proposes more than can still be kept, so that it stops at
-`max_new_tokens` by itself and no cache needs more room than in plain decoding. The line for temperature > 0 calls
-what you build in part C.
+The loop, given: propose, check, keep, forget. A round never proposes more than can still be kept, so it stops at
+`max_new_tokens` by itself, and no cache needs more room than in plain decoding. How a token is chosen, and which are
+kept, is asked of a *rule*: here `Greedy`, in part C `Sampled`.
 """
 
 # %%
 #| export
+class Greedy:
+    """The rule of temperature 0: the most probable token, and proposals that agree with it."""
+
+    def guess(self, logits):
+        """The next token after logits (1, V), and the probabilities that it was drawn from: none."""
+        return int(logits.argmax()), None
+
+    def keep(self, logits, proposals, drawn_from):
+        """The tokens to keep, by the target's logits (n + 1, V)."""
+        return accept_greedy(logits.argmax(axis=-1).tolist(), proposals)
+
+
 class Round(NamedTuple):
     """One round: tokens that the draft proposed, how many of the kept ones are its own, and the kept tokens."""
 
@@ -735,32 +760,13 @@ class Round(NamedTuple):
     kept: list
 
 
-def draw(probabilities, rng):
-    """One token id, drawn from probabilities (V,) that sum to 1."""
-    return int(rng.choice(len(probabilities), p=probabilities))
-
-
-def propose(draft, cache, tokens, count, temperature, top_k, rng):
-    """The draft's next `count` tokens, and the probabilities (V,) that each was drawn from (none if greedy)."""
-    guesses, drawn_from = [], []
+def one_round(draft, target, caches, tokens, count, rule, stops):
+    """Propose `count` tokens, check them in one pass, keep what holds, forget the rest: a Round."""
+    proposals, drawn_from = [], []
     for _ in range(count):
-        logits = run_new(draft, cache, tokens + guesses)  # (1, V)
-        if temperature:
-            drawn_from += [next_probabilities(logits, temperature, top_k)[0]]
-            guesses += [draw(drawn_from[-1], rng)]
-        else:
-            guesses += [int(logits.argmax())]
-    return guesses, drawn_from
-
-
-def one_round(draft, target, caches, tokens, count, temperature, top_k, rng, stops):
-    """Propose `count` tokens, check them in one pass, keep what holds, forget the rest."""
-    guesses, drawn_from = propose(draft, caches[0], tokens, count, temperature, top_k, rng)
-    logits = run_new(target, caches[1], tokens + guesses, count + 1)
-    if temperature:
-        kept = accept_sampled(next_probabilities(logits, temperature, top_k), drawn_from, guesses, rng)
-    else:
-        kept = accept_greedy(logits.argmax(axis=-1).tolist(), guesses)
+        token, probabilities = rule.guess(run_new(draft, caches[0], tokens + proposals))
+        proposals, drawn_from = [*proposals, token], [*drawn_from, probabilities]
+    kept = rule.keep(run_new(target, caches[1], tokens + proposals, count + 1), proposals, drawn_from)
     accepted = len(kept) - 1
     stop = next((i for i, token in enumerate(kept) if token in stops), accepted)
     kept = kept[: stop + 1]
@@ -791,11 +797,10 @@ def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperat
     ids = check_speculation(draft, target, prompt, max_new_tokens, k, temperature, top_k)
     tokens, stops, end = ids[0].tolist(), stop_set(stop_token), ids.shape[1] + max_new_tokens
     caches = both_caches(draft, target, draft_cache, target_cache, ids.shape[1], max_new_tokens)
-    rng = default_rng() if rng is None else rng
+    rule = Sampled(temperature, top_k, default_rng() if rng is None else rng) if temperature else Greedy()
     with evaluating(draft), evaluating(target):
         while len(tokens) < end:
-            count = min(k, end - len(tokens) - 1)
-            done = one_round(draft, target, caches, tokens, count, temperature, top_k, rng, stops)
+            done = one_round(draft, target, caches, tokens, min(k, end - len(tokens) - 1), rule, stops)
             tokens += done.kept
             if on_round is not None:
                 on_round(done)
@@ -803,7 +808,8 @@ def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperat
                 break
     return like_prompt(np.array([tokens], ids.dtype), prompt)
 
-
+# %%
+#| export
 def check_speculation(draft, target, prompt, max_new_tokens, k, temperature, top_k):
     """The prompt as ids (1, P), or a ValueError that says what does not fit."""
     whole_number("k", k)
@@ -906,8 +912,8 @@ if __name__ == "__main__":
 """
 ## 9. How many tokens from one pass?
 
-Let each guess be accepted with probability a, independently. Token 1 of a round is certain; token 2 needs one
-agreement (a), token 3 needs two (a * a), and so on up to token k + 1:
+Let each guess be accepted with probability a, independently. The first token of a round is certain, the second needs
+one agreement (a), the third two (a * a), up to token k + 1:
 
     tokens per pass = 1 + a + a**2 + ... + a**k = (1 - a**(k + 1)) / (1 - a)
 
@@ -940,11 +946,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Now with real passes and seconds. A draft can be had for nothing: the target's own **first layers**, under its own
-norm and head. For a target whose later layers change as much, or as little, as we like, we scale what these add by
-`strength`. The last columns are milliseconds per token, against plain decoding with a cache.
-
-*Predict:* at which acceptance does speculation begin to pay on your machine?
+Now real passes and seconds. A draft can be had for nothing: the target's own **first layers**, under its norm and head.
+To have any acceptance that we like, we scale what the later layers of a random target add, by `strength`. *Predict:* at which acceptance does speculation begin to pay on your machine?
 """
 
 # %%
@@ -1023,12 +1026,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Acceptance decides; the text never changes. What a round costs is k passes of the draft and one pass of the target
-over k + 1 rows, which section 1 found to be dearer than one row. With c the cost of a draft's pass, and r that of the
-long pass, both relative to a plain one, we gain when tokens per pass > k * c + r. (Leviathan et al., theorem 3.8,
-with r = 1: on an accelerator the long pass is as fast as a short one.)
+Acceptance decides; the text never changes. A round costs k passes of the draft and one of the target over k + 1 rows,
+dearer than one row by section 1. With c the cost of a draft's pass and r that of the long one, both relative to a
+plain pass, we gain when tokens per pass > k * c + r. (Leviathan et al., theorem 3.8, with r = 1: on an accelerator the
+long pass is as fast as a short one.)
+"""
 
-And on real text, with the demo's GPT? Its layers are 128 wide and there are four of them. *Predict:* which k is best?
+# %% [markdown]
+"""
+And on real text? The demo's GPT has four layers, 128 wide. *Predict:* which k is best?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-measure-demo", "locked": true, "schema_version": 3, "solution": false, "task": false}
@@ -1050,11 +1056,12 @@ def show_demo(max_new_tokens=32):
     for layers, k in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 4)):
         print(f"{layers:>6} {k:>2}   " + table_row(*compare(first_layers(target, layers), target, prompts, max_new_tokens, k)))
     rounds = []
-    speculative_generate(first_layers(target, 2), target, prompts[1], max_new_tokens, on_round=rounds.append)
-    print("\n" + tokenizer.decode(prompts[1]), end="")
+    speculative_generate(first_layers(target, 2), target, prompts[3], max_new_tokens, on_round=rounds.append)
+    print("\n" + tokenizer.decode(prompts[3]), end="")
     for done in rounds:
         guessed, own = tokenizer.decode(done.kept[: done.accepted]), tokenizer.decode(done.kept[done.accepted :])
         print((f"[{guessed}]" if guessed else "") + own, end="")
+    print()
 
 
 if __name__ == "__main__":
@@ -1062,10 +1069,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The guesses in brackets are where the language is predictable. But count the milliseconds: in a model so small a pass
-is mostly calls into NumPy, not weights, and a draft of one layer in four costs a quarter of the target. Read the
-speed-ups as printed: below 1.00x, speculation loses. It is made for targets that are large, and for drafts that are
-tens of times smaller.
+In brackets stands what the draft guessed right. Read the speed-ups as printed: below 1.00x, speculation loses. In a model
+so small a pass is mostly calls into NumPy, not weights, and a draft of one layer in four is hardly small.
 
 *Look back.* Why can a bad draft never spoil the text, only the time? (Every kept token is the target's choice after
 kept tokens.) Why is k = 30 a bad idea even for a good draft? (Look at the sum in section 9: 0.8**30.)
@@ -1077,8 +1082,8 @@ kept tokens.) Why is k = 30 a bad idea even for a good draft? (Look at the sum i
 
 ## 10. What the draft left over
 
-When we sample, there is no "the" token of the target: there is a distribution p, and the draft has drawn its guess
-from another, q. Can guesses drawn from q give text that is distributed as p, exactly? Take three tokens:
+When we sample, the target has no one token in mind, but a distribution p; and the draft has drawn its guess from
+another, q. Can guesses from q make text that is distributed as p, exactly? Three tokens:
 
     token        0     1     2
     p          0.1   0.2   0.7     what the target wants
@@ -1086,12 +1091,17 @@ from another, q. Can guesses drawn from q give text that is distributed as p, ex
     min(p, q)  0.1   0.2   0.1     what may pass: never more than p wants, never more than q offers
 
 So accept a guess x with probability min(1, p[x] / q[x]): token 0 passes in 1 of 6 cases, token 2 always. That hands
-out 0.1, 0.2 and 0.1; the other 0.6 of all rounds are rejections. What does p still want?
+out 0.1, 0.2 and 0.1; the other 0.6 of all rounds are rejections.
+"""
+
+# %% [markdown]
+"""
+What does p still want?
 
     max(0, p - q)    0     0   0.6      -> divided by its sum:  0  0  1
 
 Only token 2 was offered too rarely. A rejected guess is replaced by a draw from this **residual**, and all sums up: 0.1,
-0.2, 0.1 + 0.6 * 1 = 0.7. Drawing from p again would be wrong: the accepted ones have had their share already.
+0.2, 0.1 + 0.6 * 1 = 0.7. To draw from p again would be wrong: what was accepted has had its share.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-residual", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1135,15 +1145,18 @@ if __name__ == "__main__":
 """
 ## 11. Accept or draw again
 
-The round in order: accept each guess with probability p / q; the first that is rejected is replaced by a draw from the
-residual, and ends the round, for the later guesses followed another text. If all are accepted, the target adds a token
-of its own, drawn from its last row.
-
-`rng.random()` is uniform between 0 and 1; `draw(probabilities, rng)` of section 8 draws a token.
+In order: accept each guess with probability p / q. The first that is rejected is replaced by a draw from the residual,
+and ends the round, for the later guesses followed another text. If all are accepted, the target adds a token of its
+own, drawn from its last row. `rng.random()` is uniform between 0 and 1, `draw(probabilities, rng)` gives a token.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "24-sample", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
+def draw(probabilities, rng):
+    """One token id, drawn from probabilities (V,) that sum to 1."""
+    return int(rng.choice(len(probabilities), p=probabilities))
+
+
 def accept_sampled(p, q, proposals, rng):
     """The tokens to keep, distributed as if drawn from the target one by one: a list of 1 to n + 1.
 
@@ -1201,10 +1214,27 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Now a whole model. *Predict:* of one target and one draft, at which temperature are more guesses accepted: 0, 0.5 or 2?
-The probability that a guess passes is the sum over min(p, q), the overlap of both distributions; greedy decoding asks
-only whether their peaks agree.
+As a rule for the loop of part B it is two lines. Then a whole model: *predict*, at which temperature are more guesses
+accepted, 0, 0.5 or 2? A guess passes with probability sum(min(p, q)), the overlap of both distributions; greedy
+decoding asks only whether their peaks agree.
 """
+
+# %%
+#| export
+class Sampled:
+    """The rule of a temperature above 0: drawn from the draft, accepted so that the target's distribution comes out."""
+
+    def __init__(self, temperature, top_k, rng):
+        self.temperature, self.top_k, self.rng = temperature, top_k, rng
+
+    def guess(self, logits):
+        """The next token after logits (1, V), and the probabilities that it was drawn from."""
+        probabilities = next_probabilities(logits, self.temperature, self.top_k)[0]
+        return draw(probabilities, self.rng), probabilities
+
+    def keep(self, logits, proposals, drawn_from):
+        """The tokens to keep, by the target's logits (n + 1, V)."""
+        return accept_sampled(next_probabilities(logits, self.temperature, self.top_k), drawn_from, proposals, self.rng)
 
 # %% nbgrader={"grade": false, "grade_id": "24-measure-sampled", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def show_temperatures(temperatures=(0, 0.5, 1, 2), max_new_tokens=32):
@@ -1228,9 +1258,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Look back.* Does the text at one seed equal that of plain sampling with the same seed? (No: other random numbers are
-drawn for other questions. The *distribution* is the same, and no reader of texts can tell.) What is residual and
-acceptance when p and q are one-hot? (Acceptance 0 or 1, residual p: greedy decoding, part B, is the limit.)
+*Look back.* Does a text equal that of plain sampling with the same seed? (No: the random numbers answer other
+questions. Only the distribution is the same.) What are acceptance and residual when p and q are one-hot? (0 or 1, and
+p: greedy decoding, part B, is the limit.)
 
 ## 12. The end
 """
@@ -1281,23 +1311,29 @@ if __name__ == "__main__":
 all continuations, and a cache that moves with its beam. Speculation spends them on guesses: the longest prefix on
 which both agree, one token for free, and two caches rolled back. A bad draft costs time, never text. Sampled, what is
 accepted and the residual add up to the target's distribution.
+"""
 
+# %% [markdown]
+"""
 **Exercises.** (1) Prompt look-up: a draft without a model, which finds the last two tokens earlier in the text and
-proposes what followed them. What must `propose` return for temperature 0, and what is q when a guess is certain? (2)
-Let k follow the acceptance: one more after a full round, one less after a rejection. (3) `beam_search` with
-`length_penalty` 0, 1 and 2 and a stop token: what happens to the lengths?
+proposes what followed them. What is q when a guess is certain? (2) Let k follow the acceptance: one more after a full
+round, one less after a rejection. (3) `beam_search` with `length_penalty` 0, 1 and 2 and a stop token: what happens to
+the lengths?
 """
 
 # %% [markdown]
 """
 **A design note.** Where do guesses come from? Guessing and checking in blocks is Stern et al. 2018 (arXiv:1811.03115);
 with a separate small model, Leviathan et al. report 2 to 3 times the speed on T5-XXL, Chen et al. 2 to 2.5 times on
-Chinchilla 70B (both in the abstract). But a second model must be trained, loaded and kept in step, with a cache of its
-own, as yours. So *Medusa* (Cai et al. 2024, arXiv:2401.10774) puts extra heads on the target, which guess the next
-tokens from its last hidden state and check a tree of them; *EAGLE* (Li et al. 2024, arXiv:2401.15077) guesses the
-hidden states themselves with one layer. Prompt look-up (Saxena 2023, *prompt-lookup-decoding*) copies from the text,
-for nothing; it wins where answers quote their prompt.
+Chinchilla 70B (both in the abstract). But a second model must be trained, loaded and kept in step.
 
+So *Medusa* (Cai et al. 2024, arXiv:2401.10774) puts extra heads on the target, which guess from its last hidden state,
+and checks a tree of guesses; *EAGLE* (Li et al. 2024, arXiv:2401.15077) guesses the hidden states themselves with one
+layer. Prompt look-up (Saxena 2023, *prompt-lookup-decoding*) copies from the text itself.
+"""
+
+# %% [markdown]
+"""
 **What breaks next.** A batch. Rows accept different numbers of guesses, and a server that is full has no rows to give
 away: when 64 texts share a pass, the weights are already read for 64. Speculation is for the few who wait, not for
 the many.

@@ -12,15 +12,14 @@ __all__ = [
     "stop_set",
     "next_logits",
     "beam_search",
+    "check_beams",
     "search",
     "ranked",
-    "check_beams",
     "run_new",
     "accept_greedy",
     "forget_rejected",
+    "Greedy",
     "Round",
-    "draw",
-    "propose",
     "one_round",
     "speculative_generate",
     "check_speculation",
@@ -28,7 +27,9 @@ __all__ = [
     "first_layers",
     "expected_tokens",
     "residual",
+    "draw",
     "accept_sampled",
+    "Sampled",
 ]
 
 
@@ -54,7 +55,7 @@ from tinytorch.models.transformer import (
 from tinytorch.profiling.profiler import measure_latency
 
 
-# %% cell 8 (24-continuations)
+# %% cell 10 (24-continuations)
 def log_probabilities(logits):
     """The logarithm of each next token's probability: logits (B, V) -> (B, V), float64.
 
@@ -77,7 +78,7 @@ def best_continuations(scores, logits, count):
     return totals.ravel()[best], parents, tokens
 
 
-# %% cell 11 (24-follow)
+# %% cell 13 (24-follow)
 def follow(ids, parents, tokens, cache=None):
     """The texts (B, T + 1): each parent's ids and its new token. The rows of the cache move with them.
 
@@ -88,7 +89,7 @@ def follow(ids, parents, tokens, cache=None):
     return np.concatenate([ids[parents], tokens[:, None]], axis=1)
 
 
-# %% cell 14 (24-ends)
+# %% cell 17 (24-ends)
 def part_candidates(scores, tokens, beam_width, stops):
     """Ranks (two lists) that finish, and ranks that live on; candidates come best first.
 
@@ -99,7 +100,7 @@ def part_candidates(scores, tokens, beam_width, stops):
     return finished, alive
 
 
-# %% cell 17
+# %% cell 20
 class Beam(NamedTuple):
     """One text of a beam search.
 
@@ -134,7 +135,7 @@ def next_logits(model, ids, cache=None):
     return np.repeat(model.head(last).numpy(), batch_size, axis=0)
 
 
-# %% cell 18
+# %% cell 22
 def beam_search(model, prompt, beam_width, max_new_tokens, *, cache=None, stop_token=None, length_penalty=0.0):
     """The texts that a search with beam_width beams finds most probable, best first: a list of at most that many Beams.
 
@@ -154,6 +155,20 @@ def beam_search(model, prompt, beam_width, max_new_tokens, *, cache=None, stop_t
     return [beam._replace(ids=like_prompt(np.array([beam.ids], ids.dtype), prompt)) for beam in found]
 
 
+def check_beams(model, prompt, beam_width, max_new_tokens, cache, length_penalty):
+    """The prompt as ids (1, P), or a ValueError that says what does not fit."""
+    beam_width, ids = whole_number("beam_width", beam_width), check_prompt(prompt, max_new_tokens, model.max_seq_len)
+    if len(ids) != 1:
+        raise ValueError(f"beam search takes one prompt, got {len(ids)}: each needs all rows of the batch")
+    if not 0 <= length_penalty < math.inf:
+        raise ValueError(f"length_penalty is 0 or positive, got {length_penalty}")
+    if cache is not None and cache.batch_size != beam_width:
+        raise ValueError(f"each beam needs a row: beam_width={beam_width}, the cache has batch_size={cache.batch_size}")
+    check_capacity(cache, ids.shape[1], max_new_tokens)
+    return ids
+
+
+# %% cell 23
 def search(model, ids, beam_width, max_new_tokens, cache, stops, length_penalty):
     """The loop of `beam_search`, on ids (1, P)."""
     if cache is not None and max_new_tokens and cache.seq_pos:
@@ -180,20 +195,7 @@ def ranked(beams, texts, scores, length, length_penalty):
     return sorted(beams + new, key=lambda beam: -beam.score)
 
 
-def check_beams(model, prompt, beam_width, max_new_tokens, cache, length_penalty):
-    """The prompt as ids (1, P), or a ValueError that says what does not fit."""
-    beam_width, ids = whole_number("beam_width", beam_width), check_prompt(prompt, max_new_tokens, model.max_seq_len)
-    if len(ids) != 1:
-        raise ValueError(f"beam search takes one prompt, got {len(ids)}: each needs all rows of the batch")
-    if not 0 <= length_penalty < math.inf:
-        raise ValueError(f"length_penalty is 0 or positive, got {length_penalty}")
-    if cache is not None and cache.batch_size != beam_width:
-        raise ValueError(f"each beam needs a row: beam_width={beam_width}, the cache has batch_size={cache.batch_size}")
-    check_capacity(cache, ids.shape[1], max_new_tokens)
-    return ids
-
-
-# %% cell 30 (24-run)
+# %% cell 37 (24-run)
 def run_new(model, cache, tokens, count=1):
     """Run what the cache lacks of `tokens`, a list: logits (count, V) of what follows each of the last `count`.
 
@@ -204,7 +206,7 @@ def run_new(model, cache, tokens, count=1):
         return model.head(model.hidden(new)[:, -count:]).numpy()[0]
 
 
-# %% cell 33 (24-accept)
+# %% cell 40 (24-accept)
 def accept_greedy(choices, proposals):
     """The tokens to keep: the proposals up to the first that the target would not choose, and its own there.
 
@@ -219,14 +221,26 @@ def accept_greedy(choices, proposals):
     return choices[: agreed + 1]
 
 
-# %% cell 36 (24-forget)
+# %% cell 43 (24-forget)
 def forget_rejected(draft_cache, target_cache, proposed, kept):
     """Roll both caches back to what is text. proposed: the guesses of the round; kept: its tokens, 1 to proposed + 1."""
     target_cache.rollback(proposed + 1 - kept)
     draft_cache.rollback(max(proposed - kept, 0))
 
 
-# %% cell 39
+# %% cell 46
+class Greedy:
+    """The rule of temperature 0: the most probable token, and proposals that agree with it."""
+
+    def guess(self, logits):
+        """The next token after logits (1, V), and the probabilities that it was drawn from: none."""
+        return int(logits.argmax()), None
+
+    def keep(self, logits, proposals, drawn_from):
+        """The tokens to keep, by the target's logits (n + 1, V)."""
+        return accept_greedy(logits.argmax(axis=-1).tolist(), proposals)
+
+
 class Round(NamedTuple):
     """One round: tokens that the draft proposed, how many of the kept ones are its own, and the kept tokens."""
 
@@ -235,32 +249,13 @@ class Round(NamedTuple):
     kept: list
 
 
-def draw(probabilities, rng):
-    """One token id, drawn from probabilities (V,) that sum to 1."""
-    return int(rng.choice(len(probabilities), p=probabilities))
-
-
-def propose(draft, cache, tokens, count, temperature, top_k, rng):
-    """The draft's next `count` tokens, and the probabilities (V,) that each was drawn from (none if greedy)."""
-    guesses, drawn_from = [], []
+def one_round(draft, target, caches, tokens, count, rule, stops):
+    """Propose `count` tokens, check them in one pass, keep what holds, forget the rest: a Round."""
+    proposals, drawn_from = [], []
     for _ in range(count):
-        logits = run_new(draft, cache, tokens + guesses)  # (1, V)
-        if temperature:
-            drawn_from += [next_probabilities(logits, temperature, top_k)[0]]
-            guesses += [draw(drawn_from[-1], rng)]
-        else:
-            guesses += [int(logits.argmax())]
-    return guesses, drawn_from
-
-
-def one_round(draft, target, caches, tokens, count, temperature, top_k, rng, stops):
-    """Propose `count` tokens, check them in one pass, keep what holds, forget the rest."""
-    guesses, drawn_from = propose(draft, caches[0], tokens, count, temperature, top_k, rng)
-    logits = run_new(target, caches[1], tokens + guesses, count + 1)
-    if temperature:
-        kept = accept_sampled(next_probabilities(logits, temperature, top_k), drawn_from, guesses, rng)
-    else:
-        kept = accept_greedy(logits.argmax(axis=-1).tolist(), guesses)
+        token, probabilities = rule.guess(run_new(draft, caches[0], tokens + proposals))
+        proposals, drawn_from = [*proposals, token], [*drawn_from, probabilities]
+    kept = rule.keep(run_new(target, caches[1], tokens + proposals, count + 1), proposals, drawn_from)
     accepted = len(kept) - 1
     stop = next((i for i, token in enumerate(kept) if token in stops), accepted)
     kept = kept[: stop + 1]
@@ -268,7 +263,7 @@ def one_round(draft, target, caches, tokens, count, temperature, top_k, rng, sto
     return Round(count, min(accepted, len(kept)), kept)
 
 
-# %% cell 40
+# %% cell 47
 def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperature=0.0, top_k=None, rng=None,
                          stop_token=None, draft_cache=None, target_cache=None, on_round=None):
     """The text that target.generate would write, in fewer of its passes: the draft guesses k tokens, the target checks.
@@ -291,11 +286,10 @@ def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperat
     ids = check_speculation(draft, target, prompt, max_new_tokens, k, temperature, top_k)
     tokens, stops, end = ids[0].tolist(), stop_set(stop_token), ids.shape[1] + max_new_tokens
     caches = both_caches(draft, target, draft_cache, target_cache, ids.shape[1], max_new_tokens)
-    rng = default_rng() if rng is None else rng
+    rule = Sampled(temperature, top_k, default_rng() if rng is None else rng) if temperature else Greedy()
     with evaluating(draft), evaluating(target):
         while len(tokens) < end:
-            count = min(k, end - len(tokens) - 1)
-            done = one_round(draft, target, caches, tokens, count, temperature, top_k, rng, stops)
+            done = one_round(draft, target, caches, tokens, min(k, end - len(tokens) - 1), rule, stops)
             tokens += done.kept
             if on_round is not None:
                 on_round(done)
@@ -304,6 +298,7 @@ def speculative_generate(draft, target, prompt, max_new_tokens, k=4, *, temperat
     return like_prompt(np.array([tokens], ids.dtype), prompt)
 
 
+# %% cell 48
 def check_speculation(draft, target, prompt, max_new_tokens, k, temperature, top_k):
     """The prompt as ids (1, P), or a ValueError that says what does not fit."""
     whole_number("k", k)
@@ -341,7 +336,7 @@ def both_caches(draft, target, draft_cache, target_cache, prompt_len, max_new_to
     return draft_cache, target_cache
 
 
-# %% cell 47
+# %% cell 55
 def first_layers(model, num_layers):
     """A draft that costs no memory: the model's own first layers, under its norm and head; all parts are shared."""
     if whole_number("num_layers", num_layers) > model.num_layers:
@@ -361,7 +356,7 @@ def expected_tokens(acceptance, k):
     return sum(acceptance**i for i in range(k + 1))
 
 
-# %% cell 53 (24-residual)
+# %% cell 63 (24-residual)
 def residual(p, q):
     """What p wants beyond what q offers, as probabilities: max(0, p - q), normalised. p, q, result (V,).
 
@@ -371,7 +366,12 @@ def residual(p, q):
     return rest / rest.sum() if rest.any() else p
 
 
-# %% cell 56 (24-sample)
+# %% cell 66 (24-sample)
+def draw(probabilities, rng):
+    """One token id, drawn from probabilities (V,) that sum to 1."""
+    return int(rng.choice(len(probabilities), p=probabilities))
+
+
 def accept_sampled(p, q, proposals, rng):
     """The tokens to keep, distributed as if drawn from the target one by one: a list of 1 to n + 1.
 
@@ -382,3 +382,20 @@ def accept_sampled(p, q, proposals, rng):
         if rng.random() >= p[i][token] / q[i][token]:
             return [*proposals[:i], draw(residual(p[i], q[i]), rng)]
     return [*proposals, draw(p[len(proposals)], rng)]
+
+
+# %% cell 69
+class Sampled:
+    """The rule of a temperature above 0: drawn from the draft, accepted so that the target's distribution comes out."""
+
+    def __init__(self, temperature, top_k, rng):
+        self.temperature, self.top_k, self.rng = temperature, top_k, rng
+
+    def guess(self, logits):
+        """The next token after logits (1, V), and the probabilities that it was drawn from."""
+        probabilities = next_probabilities(logits, self.temperature, self.top_k)[0]
+        return draw(probabilities, self.rng), probabilities
+
+    def keep(self, logits, proposals, drawn_from):
+        """The tokens to keep, by the target's logits (n + 1, V)."""
+        return accept_sampled(next_probabilities(logits, self.temperature, self.top_k), drawn_from, proposals, self.rng)
