@@ -12,7 +12,8 @@ import pytest
 
 from tinytorch.core.autograd import no_grad
 from tinytorch.generation import speculative
-from tinytorch.generation.kv_cache import KVCache, create_kv_cache, disable_kv_cache, enable_kv_cache
+from tinytorch.generation.cache_compression import HeavyHitterKVCache, OffloadedKVCache, SlidingWindowKVCache
+from tinytorch.generation.kv_cache import create_kv_cache, disable_kv_cache, enable_kv_cache
 from tinytorch.generation.paged import paged_kv_cache
 from tinytorch.generation.speculative import (
     Beam,
@@ -83,7 +84,13 @@ def growing(*sizes):
     return create_kv_cache(*sizes, grow=True)
 
 
-FACTORIES = {"plain": create_kv_cache, "growing": growing, "paged": paged}
+def window(*sizes):
+    """As long as the longest text here, with room for what is taken back."""
+    return SlidingWindowKVCache(*sizes, window=24, spare=8)
+
+
+FACTORIES = {"plain": create_kv_cache, "growing": growing, "paged": paged, "offloaded": OffloadedKVCache,
+             "window": window}
 each_cache = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 
 
@@ -389,17 +396,28 @@ class TestGreedySpeculation:
         assert speculative_generate(draft, target, [1, 2], 9) == expected
         assert target.training and target.blocks[1].mlp.training and not draft.training
 
-    def test_a_cache_that_cannot_roll_back_says_why(self):
-        class Stubborn(KVCache):
-            def rollback(self, n):
-                if n:
-                    raise NotImplementedError("what left the window is gone: it cannot come back")
+    @pytest.mark.parametrize("k, sinks", [(1, 0), (4, 0), (4, 2)])
+    def test_a_window_with_spare_slots_writes_what_it_writes_token_by_token(self, k, sinks):
+        target = lively_gpt()
 
+        def short_window():
+            return SlidingWindowKVCache(1, 24, 2, 2, 4, window=5, sinks=sinks, spare=k)
+
+        expected = target.generate([1, 2, 3], 20, cache=short_window())
+        assert expected != target.generate([1, 2, 3], 20), "the window must matter"
+        for p in (0.0, 0.6, 1.0):
+            got = speculative_generate(agreeing(target, p), target, [1, 2, 3], 20, k, target_cache=short_window())
+            assert got == expected
+
+    @pytest.mark.parametrize("cache, error, says", [
+        (lambda: SlidingWindowKVCache(1, 24, 2, 2, 4, window=3), ValueError, "the window has let them go"),
+        (lambda: HeavyHitterKVCache(1, 24, 2, 2, 4, budget=6), NotImplementedError, "drove out is gone"),
+    ])
+    def test_a_cache_that_cannot_roll_back_says_why(self, cache, error, says):
         target = lively_gpt()
         for name in ("target_cache", "draft_cache"):
-            cache = Stubborn(1, 24, 2, 2, 4)
-            with pytest.raises(NotImplementedError, match="what left the window is gone"):
-                speculative_generate(agreeing(target, 0), target, [1, 2], 9, **{name: cache})
+            with pytest.raises(error, match=says):
+                speculative_generate(agreeing(target, 0), target, [1, 2], 20, **{name: cache()})
 
     @pytest.mark.parametrize("wrong, says", [
         (dict(k=0), "k must"), (dict(k=-1), "k must"), (dict(k=2.0), "k must"), (dict(k=True), "k must"),
