@@ -136,7 +136,7 @@ def assert_same_beams(beams, expected):
 class TestBeamSearch:
     @each_cache
     @pytest.mark.parametrize("stops", [(), (2,), (0, 3)])
-    @pytest.mark.parametrize("vocab_size, length", [(4, 3), (5, 2)])
+    @pytest.mark.parametrize("vocab_size, length", [(4, 3)])
     def test_a_wide_beam_finds_the_best_of_all_texts(self, factory, stops, vocab_size, length):
         model = lively_gpt(vocab_size, seed=vocab_size)
         width = vocab_size ** (length - 1)
@@ -263,8 +263,8 @@ class TestBeamSearch:
 
 class TestGreedySpeculation:
     @each_cache
-    @pytest.mark.parametrize("k", [1, 2, 3, 5, 40])
-    @pytest.mark.parametrize("p", [0.0, 0.3, 0.7, 0.95, 1.0])
+    @pytest.mark.parametrize("k", [1, 3, 4, 40])
+    @pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
     def test_equals_the_target_at_every_acceptance_rate(self, factory, k, p):
         """And after every round both caches hold the text, checked against fresh caches that have read it."""
         target = lively_gpt(seed=1)

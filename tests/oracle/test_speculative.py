@@ -29,16 +29,16 @@ def their_beams(theirs, width, count, stop, penalty):
     return texts, found.sequences_scores.numpy()
 
 
-@pytest.mark.parametrize("cached", [None, create_kv_cache, paged_kv_cache], ids=["uncached", "plain", "paged"])
-@pytest.mark.parametrize("width", [2, 4, 7])
+@pytest.mark.parametrize("width", [2, 5])
 @pytest.mark.parametrize("stop, penalty", [(None, 0.0), (None, 1.0), (7, 0.0), (11, 1.0), (20, 2.0)])
-def test_beams_equal_those_of_transformers(peers, cached, width, stop, penalty):
+def test_beams_equal_those_of_transformers(peers, width, stop, penalty):
     ours, theirs = peers
     texts, scores = their_beams(theirs, width, 9, stop, penalty)
-    cache = None if cached is None else cached(width, S, L, H, D)
-    beams = beam_search(ours, PROMPT, width, 9, cache=cache, stop_token=stop, length_penalty=penalty)
-    assert [beam.ids for beam in beams] == texts and len(texts) == width
-    np.testing.assert_allclose([beam.score for beam in beams], scores, atol=1e-4)
+    for factory in (None, create_kv_cache, paged_kv_cache):
+        cache = None if factory is None else factory(width, S, L, H, D)
+        beams = beam_search(ours, PROMPT, width, 9, cache=cache, stop_token=stop, length_penalty=penalty)
+        assert [beam.ids for beam in beams] == texts and len(texts) == width
+        np.testing.assert_allclose([beam.score for beam in beams], scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
