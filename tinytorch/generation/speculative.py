@@ -52,7 +52,7 @@ from tinytorch.models.transformer import (
     like_prompt,
     next_probabilities,
 )
-from tinytorch.profiling.profiler import measure_latency
+from tinytorch.profiling.profiler import measure_latency, time_calls
 
 
 # %% cell 10 (24-continuations)
