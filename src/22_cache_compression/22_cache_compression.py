@@ -221,8 +221,8 @@ def test_unit_view():
         "was the old trimmed or overwritten before the chunk has read it?")
     assert view.pos.tolist() == [[2, 3, 4, 5], [0, 1, 2, 3]], (
         f"positions {view.pos.tolist()}, expected [[2, 3, 4, 5], [0, 1, 2, 3]]: of what is held, then of the chunk")
-    got = view.value.numpy()[:, 0, :, 0].tolist()
-    assert got == [[20, 101, 102, 103], [0, 101, 102, 103]], f"values {got}, expected those that went in"
+    got, expected = view.value.numpy()[:, 0, :, 0].tolist(), [[20, 101, 102, 103], [0, 101, 102, 103]]
+    assert got == expected, f"values {got}, expected {expected}: old values and new ones, no keys"
     assert cache.seq_lens == [3, 1] and cache.get(0)[0].numpy().ravel().tolist() == [2, 0], "an open pass was stored"
     ### BEGIN HIDDEN TESTS
     cache.advance()
@@ -1288,7 +1288,7 @@ def check_group(group, bits):
     assert codes.shape == x.shape and scale.shape == low.shape == (2, 1), (
         f"codes {codes.shape}, scale {scale.shape}, low {low.shape}: expected {x.shape} and (2, 1) twice; "
         "each group has its own range, keepdims keeps its axis")
-    assert codes.max() < 2**bits, f"{bits} bits: got code {codes.max()}, the largest is {2**bits - 1}"
+    assert codes.max() < 2**bits, f"{bits} bits: got code {codes.max()}, the largest is {2**bits - 1}; as many steps as codes?"
     points = np.linspace(np.float64(x[0].min()), np.float64(x[0].max()), 2**bits)
     step = points[1] - points[0]
     assert abs(scale[0, 0] - step) < 1e-6 * step, (
@@ -1299,7 +1299,8 @@ def check_group(group, bits):
     for number, got in zip(x[0].astype(np.float64), back[0].astype(np.float64)):
         nearest = min(points, key=lambda point: abs(point - number))
         assert abs(got - number) <= abs(nearest - number) + 1e-4 * step, (
-            f"{number:g} came back as {got:g}, the nearest step is {nearest:g}: was it cut off, or low forgotten?")
+            f"{number:g} came back as {got:g}, the nearest step is {nearest:g}: "
+            "was something added to the scale, was it cut off, or low forgotten?")
 
 
 def test_unit_quantize():
@@ -1543,7 +1544,7 @@ def check_chunking(chunks, group_size):
         groups, waiting = complete_groups(waiting, tokens[:, start : start + count], group_size)
         start += count
         assert groups.ndim == 4 and groups.shape[2:] == (group_size, 3), (
-            f"{said}groups have shape {groups.shape}, expected (2, N, {group_size}, 3)")
+            f"{said}groups have shape {groups.shape}, expected (2, N, {group_size}, 3): N groups, each of G tokens")
         frozen += [groups[:, n] for n in range(groups.shape[1])]
         assert len(frozen) <= start // group_size, (
             f"{said}{len(frozen)} groups are frozen; one that is not whole would be quantised again when it grows")
