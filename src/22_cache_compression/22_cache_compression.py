@@ -1288,7 +1288,8 @@ def check_group(group, bits):
     assert codes.shape == x.shape and scale.shape == low.shape == (2, 1), (
         f"codes {codes.shape}, scale {scale.shape}, low {low.shape}: expected {x.shape} and (2, 1) twice; "
         "each group has its own range, keepdims keeps its axis")
-    assert codes.max() < 2**bits, f"{bits} bits: got code {codes.max()}, the largest is {2**bits - 1}; as many steps as codes?"
+    assert codes.max() < 2**bits, (
+        f"{bits} bits: got code {codes.max()}, the largest is {2**bits - 1}; as many steps as codes?")
     points = np.linspace(np.float64(x[0].min()), np.float64(x[0].max()), 2**bits)
     step = points[1] - points[0]
     assert abs(scale[0, 0] - step) < 1e-6 * step, (
@@ -2594,10 +2595,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-Only the last column changes from run to run, but for rounding. On this text float16 and 8 bits leave the perplexity as
-it is to two decimals; 4 bits add less than a tenth, 2 bits less than a half. Forgetting adds more, and window, sinks and
-score differ little. But these are 768 predictions of one small model: on another text, neighbours in the table can
-change places.
+Only the last column changes from run to run, but for rounding. On this text float16 and 8 bits leave the perplexity
+as it is to two decimals; 4 bits add less than a tenth, 2 bits less than a half. Forgetting adds more, and window,
+sinks and score differ little. But these are 768 predictions of one small model: on another text, neighbours in the
+table can change places.
 
 *Look back.* Why is no cache in fewer bits faster than float32? (NumPy makes float32 of all that is stored, at every
 step.) What do fewer bits buy here, then? (Room: more rows, or longer ones.)
