@@ -2657,7 +2657,10 @@ is anything dropped or rounded. A window with sinks never grows; a cache by scor
 for good. Fewer bits keep every token: a low, a step and codes for each group, keys along the channel, where their
 outliers are. A group is frozen once, so the stored bytes do not depend on the chunks. What keeps each token as it came
 can rest in a file.
+"""
 
+# %% [markdown]
+"""
 **Exercises.** (1) Run the table with `window=16` and `window=128`: where does forgetting begin to cost? (2) Store scale
 and low in float16: how many bytes less, how much more error? (3) H2O chooses per head. Which arrays of
 `HeavyHitterKVCache` get one more axis, and why does the mask, too? (4) Keep the newest 32 tokens in float32, values as
