@@ -89,7 +89,7 @@ def slots_of(table, start, stop, block_size):
     >>> slots_of([7, 1, 4], 2, 6, block_size=4).tolist()
     [30, 31, 4, 5]
     """
-    positions = np.arange(start, stop)
+    positions, table = np.arange(start, stop), np.array(table, int)
     return np.array(table, int)[positions // block_size] * block_size + positions % block_size
 
 
