@@ -167,7 +167,7 @@ def slots_of(table, start, stop, block_size):
     """
     positions, table = np.arange(start, stop), np.array(table, int)
     ### BEGIN SOLUTION
-    return np.array(table, int)[positions // block_size] * block_size + positions % block_size
+    return table[positions // block_size] * block_size + positions % block_size
     ### END SOLUTION
 
 # %% nbgrader={"grade": true, "grade_id": "23-slots-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
@@ -210,8 +210,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The last line is the cache of lesson 17. *Look back.* Then why not blocks of 1? (Small pieces of memory are slow to
-read, and a table of one number per token is long. Section 9 measures it.)
+The last line is the cache of lesson 17. *Look back.* Then why not blocks of 1? (The table has one number per token, and
+each token is looked up and copied on its own. Section 9 measures what that costs.)
 
 ## 3. Who holds a block
 

@@ -62,7 +62,7 @@ def numbers(seq_len, num_heads=2, head_dim=3, seed=0):
 
 def test_arithmetic_at_the_edges():
     assert [blocks_needed(length, 16) for length in (0, 1, 15, 16, 17, 32)] == [0, 1, 1, 1, 2, 2]
-    assert slots_of([3, 0], 0, 4, 2).tolist() == [6, 7, 0, 1] and slots_of([], 0, 0, 2).size == 0
+    assert slots_of([3, 0], 0, 4, 2).tolist() == [6, 7, 0, 1] and slots_of([], 0, 0, 2).tolist() == []
     for holders in range(1, 5):
         assert must_copy([9] * holders, {9: holders}) == [True] * (holders - 1) + [False]
         assert must_copy([9] * holders, {9: holders + 1}) == [True] * holders
@@ -524,6 +524,8 @@ class TestRows:
         for part in (*view[:2], *cache.get(0)):
             with pytest.raises(ValueError, match="read-only"):
                 part.data[...] = 0
+        with pytest.raises(ValueError, match="read-only"):
+            view.pos[...] = 0  # all layers share it
         cache.advance()
         cache.reset()
         cache.update(0, *chunk(2, 4, seed=2))

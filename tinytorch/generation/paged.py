@@ -90,7 +90,7 @@ def slots_of(table, start, stop, block_size):
     [30, 31, 4, 5]
     """
     positions, table = np.arange(start, stop), np.array(table, int)
-    return np.array(table, int)[positions // block_size] * block_size + positions % block_size
+    return table[positions // block_size] * block_size + positions % block_size
 
 
 # %% cell 14 (23-counts)
