@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection
 
 import pytest
@@ -177,7 +177,7 @@ class Running:
 
 
 @contextmanager
-def serving(script: Script, **options):
+def serving(script: Script, model: asked.Model = MODEL, **options):
     """A real HTTP server over the stand-in, on a free port of this machine."""
 
     def new():
@@ -186,7 +186,7 @@ def serving(script: Script, **options):
 
     listener = server.listen("127.0.0.1", 0)
     engine = Engine(new, {**BYTES, END: b"<end>"}, END, **options)
-    http = server.Server(application(engine, MODEL), engine)
+    http = server.Server(application(engine, model), engine)
     thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
     try:
@@ -437,6 +437,22 @@ def test_a_body_that_is_too_large(mini):
 
 def test_ids_and_prompts_as_long_as_fits(mini):
     assert mini.complete([5] * 999, max_tokens=1).usage.total_tokens == 1000
+
+
+def test_a_prompt_that_takes_long_to_encode_holds_up_nobody():
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def encode(text: str) -> list[int]:
+        encoding.set()
+        assert go_on.wait(60)
+        return MODEL.encode(text)
+
+    with serving(Script(), replace(MODEL, encode=encode)) as mini:
+        slow = mini.started(prompt="slow", max_tokens=3)
+        assert encoding.wait(60)
+        assert mini.complete([5], max_tokens=3).choices[0].text == "abc"
+        go_on.set()
+        assert json.loads(slow.getresponse().read())["choices"][0]["text"] == "abc"
 
 
 # --- clients that leave, errors, ends ------------------------------------------------------------------------------
