@@ -266,6 +266,7 @@ def test_without_the_extra(monkeypatch):
     from tito.student import serve
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr(sys, "executable", "/my course/python")
     with pytest.raises(CourseError, match="uvicorn cannot be found") as caught:
         serve.require_extra()
-    assert "-m pip install starlette uvicorn" in caught.value.hint
+    assert '`"/my course/python" -m pip install starlette uvicorn`' in caught.value.hint, "it can be pasted as it is"
