@@ -1094,7 +1094,8 @@ alone, `0 <= key position <= query position`.
 A `StandIn` (given) takes the place of a part of the model. Write its forward pass for attention. In training mode it
 steps aside: `self.part(x, mask)`, and the cache stays untouched. In eval mode, the second line of the picture, with
 `self.positions(x)`, `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos,
-key_pos, self.cache.window, self.cache.sinks)`.
+key_pos, self.cache.window, self.cache.sinks)`. `self.project(x, positions)`, `self.attend(query, key, value, visible)`
+and `self.merge(mixed)` are the three parts of the attention that it stands for.
 """
 
 # %%
@@ -1148,13 +1149,18 @@ class CachedAttention(StandIn):
         ### BEGIN SOLUTION
         if self.training:
             return self.part(x, mask)
-        query, key, value = self.part.project(x)
         positions = self.positions(x)
+        query, key, value = self.project(x, positions)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         visible = None if visible.all() else visible  # a mask that hides nothing only costs time
-        return self.part.merge(self.attend(query, key, value, visible))
+        mixed = self.attend(query, key, value, visible)
+        return self.merge(mixed)
         ### END SOLUTION
+
+    def project(self, x, positions):
+        """The attention's own; one that turns queries and keys by their positions (lesson 21) is told them."""
+        return self.part.project(x, positions) if getattr(self.part, "rotary", False) else self.part.project(x)
 
     def attend(self, query, key, value, visible):
         """The attention's own; a cache that evicts what nobody looks at (lesson 22) is told who looked where."""
@@ -1247,6 +1253,10 @@ def test_unit_attention(splits=((3, 2), (1, 1, 1, 1, 1)), seed=0):
     got, alone = CachedAttention(attention, cache, 1)(x[:, 3:4]).numpy(), expected(x[1:, [0, 3]])
     error = np.abs(got[1, 0] - alone[0, 1]).max()
     assert error < 1e-4, f"row 1 holds 1 token, row 0 holds 3: row 1 is off by {error:.2f}. Count positions, not slots"
+    cache, told = KVCache(2, 8, 2, 2, 8), []
+    cache.observe = lambda layer_idx, weights: told.append((layer_idx, weights.shape))
+    CachedAttention(attention, cache, 1)(x)
+    assert told == [(1, (2, 4, 5, 5))], "a cache that listens was told nothing: attend with self.attend, not past it"
     cached = CachedAttention(attention, KVCache(2, 8, 2, 2, 8), 1)
     cached.train()
     trained = cached(x).numpy()
@@ -1435,7 +1445,8 @@ def require_parts(model):
 
 def stored_heads(model):
     """(H_kv, D): the key-value heads that each layer of the model stores, and their size."""
-    return getattr(model, "num_kv_heads", model.num_heads), model.embed_dim // model.num_heads
+    head_dim = getattr(model, "head_dim", model.embed_dim // model.num_heads)
+    return getattr(model, "num_kv_heads", model.num_heads), head_dim
 
 
 def attach(model, cache, n_new=None):

@@ -732,7 +732,8 @@ def test_tito_of_the_released_folder_works_there(releases, tmp_path, empty_cours
         return subprocess.run(command, cwd=tmp_path / "student", env=env, capture_output=True, encoding="utf-8")
 
     files = json.loads(tito("status", "--json").stdout)["files"]
-    assert [file["owner"] for file in files] == ["reference"] * 12 + ["to build"]
+    assert len(files) > 12
+    assert all(file["owner"] == ("to build" if file["number"] == "17" else "reference") for file in files)
     refused = tito("grade", "release", "17", "--course", str(empty_course))
     assert refused.returncode == 1 and "maintainers' repository" in refused.stderr
 

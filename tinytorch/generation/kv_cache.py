@@ -685,12 +685,17 @@ class CachedAttention(StandIn):
             raise NotImplementedError("a cached forward makes its mask from positions and takes no other")
         if self.training:
             return self.part(x, mask)
-        query, key, value = self.part.project(x)
         positions = self.positions(x)
+        query, key, value = self.project(x, positions)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
         visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
         visible = None if visible.all() else visible  # a mask that hides nothing only costs time
-        return self.part.merge(self.attend(query, key, value, visible))
+        mixed = self.attend(query, key, value, visible)
+        return self.merge(mixed)
+
+    def project(self, x, positions):
+        """The attention's own; one that turns queries and keys by their positions (lesson 21) is told them."""
+        return self.part.project(x, positions) if getattr(self.part, "rotary", False) else self.part.project(x)
 
     def attend(self, query, key, value, visible):
         """The attention's own; a cache that evicts what nobody looks at (lesson 22) is told who looked where."""
@@ -765,7 +770,8 @@ def require_parts(model):
 
 def stored_heads(model):
     """(H_kv, D): the key-value heads that each layer of the model stores, and their size."""
-    return getattr(model, "num_kv_heads", model.num_heads), model.embed_dim // model.num_heads
+    head_dim = getattr(model, "head_dim", model.embed_dim // model.num_heads)
+    return getattr(model, "num_kv_heads", model.num_heads), head_dim
 
 
 def attach(model, cache, n_new=None):
