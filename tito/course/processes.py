@@ -20,7 +20,7 @@ from pathlib import Path
 MARK = "TITO_RUN"  # an environment variable that every process of one run inherits
 TITO_HOME = Path(__file__).resolve().parents[2]
 
-# The course's matrices are small: a second BLAS thread gains nothing, and on a busy machine the two wait for each other.
+# The course's matrices are small: a second BLAS thread gains nothing, and on a busy machine the two wait in turn.
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 
 # Variables of tito's own surroundings that would change what a run means: -O removes every assert.
