@@ -7,6 +7,7 @@ chunkings are in tests/property/test_quantized.py.
 import numpy as np
 import pytest
 
+from tinytorch.core.tensor import Tensor
 from tinytorch.generation.cache_compression import (
     QuantizedKVCache,
     QuantizedModelKVCache,
@@ -14,6 +15,7 @@ from tinytorch.generation.cache_compression import (
     key_error,
     outlier_keys,
     quantized_bytes,
+    run_text,
 )
 from tinytorch.generation.kv_cache import (
     KVCache,
@@ -398,3 +400,27 @@ def test_compare_caches_measures_what_it_says(capsys):
     assert full.nbytes == 2 * 3 * 2 * 2 * 32 * 8 * 4 and quantized.nbytes < full.nbytes / 2
     assert quantized.logit_error > 0.01 and all(report.seconds > 0 for report in (full, same, quantized))
     assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_caches_take_turns_and_none_always_follows_the_same_one(monkeypatch):
+    class Listening:
+        """A model that writes down which cache it is given, and for how many tokens."""
+
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, ids, cache):
+            self.calls.append((cache, ids.shape[1]))
+            return Tensor(np.zeros((*ids.shape, 3), np.float32))
+
+    model, timed = Listening(), 8
+    caches = {name: KVCache(2, 32, 1, 1, 1) for name in "abc"}
+    whole = lambda model, ids, cache, chunk: model(ids, cache)  # noqa: E731
+    monkeypatch.setattr("tinytorch.generation.cache_compression.prefill", whole)
+    logits = run_text(model, np.zeros((2, 20), int), caches, 4, timed)
+    names = {id(cache): name for name, cache in caches.items()}
+    steps = [names[id(cache)] for cache, count in model.calls if count == 1]
+    orders = [tuple(steps[start : start + 3]) for start in range(0, len(steps), 3)]
+    assert len(orders) == timed and all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 2, f"always the same turns: {orders}"
+    assert list(logits) == ["a", "b", "c"] and logits["b"][0].shape == (2, 20, 3)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import random
 import socket
+import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection
 
 import pytest
@@ -148,7 +150,9 @@ class Running:
 
     @property
     def client(self):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60)
+        plain = openai.DefaultHttpxClient(verify=False)  # certificates that nobody needs take longer than a request
+        url = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60, http_client=plain)
 
     def complete(self, prompt="p", **options):
         return self.client.completions.create(model="mini", prompt=prompt, **options)
@@ -173,7 +177,7 @@ class Running:
 
 
 @contextmanager
-def serving(script: Script, **options):
+def serving(script: Script, model: asked.Model = MODEL, **options):
     """A real HTTP server over the stand-in, on a free port of this machine."""
 
     def new():
@@ -182,7 +186,7 @@ def serving(script: Script, **options):
 
     listener = server.listen("127.0.0.1", 0)
     engine = Engine(new, {**BYTES, END: b"<end>"}, END, **options)
-    http = server.Server(application(engine, MODEL), engine)
+    http = server.Server(application(engine, model), engine)
     thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
     try:
@@ -307,6 +311,9 @@ def test_what_the_scheduler_is_given(mini):
     assert all(sampling == {"temperature": 0.5, "top_k": 3, "max_new_tokens": 4} for sampling in how)
     default = asked.read(b'{"model": "mini", "prompt": "a", "user": "ada", "top_p": 1.0, "stop": null}', False, MODEL)
     assert default.choices == [([97], {"temperature": 1.0, "top_k": None, "max_new_tokens": 16, "seed": None})]
+    for temperature, given in [(0, 0), (5e-324, 0), (9e-7, 0), (1e-6, 1e-6), (2, 2)]:
+        body = {"model": "mini", "prompt": "a", "temperature": temperature}
+        assert asked.read(json.dumps(body).encode(), False, MODEL).choices[0][1]["temperature"] == given
     near = asked.read(json.dumps({"model": "mini", "prompt": "a" * 995}).encode(), False, MODEL)
     assert near.choices[0][1]["max_new_tokens"] == 5, "a default that nobody asked for gives way"
 
@@ -338,7 +345,7 @@ WRONG = [
     ({"prompt": "\ud800"}, "surrogate"), ({"prompt": "p" * 1000}, "1000 tokens of prompt and answer"),
     ({"prompt": [5] * 1000}, "your prompt has 1000"), ({"max_tokens": 1000}, "requested 1001 (1 of prompt, 1000"),
     ({"max_tokens": -1}, "at least 1; got -1"), ({"max_tokens": 0}, "at least 1"), ({"max_tokens": "5"}, "a string"),
-    ({"max_tokens": 5.0}, "not a number"), ({"max_tokens": True}, "a boolean"), ({"max_tokens": 999}, "all blocks"),
+    ({"max_tokens": 5.0}, "not 5.0"), ({"max_tokens": True}, "a boolean"), ({"max_tokens": 999}, "all blocks"),
     ({"temperature": -0.1}, "from 0 to 2"), ({"temperature": 2.1}, "from 0 to 2"), ({"temperature": "hot"}, "string"),
     ({"temperature": True}, "a boolean"), ({"temperature": 10**400}, "from 0 to 2"), ({"top_k": 0}, "at least 1"),
     ({"top_p": 0.9}, "leave it out or 1"), ({"top_p": True}, "leave it out"), ({"n": 0}, "from 1 to 128"),
@@ -432,6 +439,22 @@ def test_ids_and_prompts_as_long_as_fits(mini):
     assert mini.complete([5] * 999, max_tokens=1).usage.total_tokens == 1000
 
 
+def test_a_prompt_that_takes_long_to_encode_holds_up_nobody():
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def encode(text: str) -> list[int]:
+        encoding.set()
+        assert go_on.wait(60)
+        return MODEL.encode(text)
+
+    with serving(Script(), replace(MODEL, encode=encode)) as mini:
+        slow = mini.started(prompt="slow", max_tokens=3)
+        assert encoding.wait(60)
+        assert mini.complete([5], max_tokens=3).choices[0].text == "abc"
+        go_on.set()
+        assert json.loads(slow.getresponse().read())["choices"][0]["text"] == "abc"
+
+
 # --- clients that leave, errors, ends ------------------------------------------------------------------------------
 
 
@@ -474,19 +497,52 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(mini):
     assert mini.complete(max_tokens=1).choices[0].text == "a"
 
 
+def test_clients_that_break_off_are_nothing_to_report(caplog):
+    with serving(Script(says={"p": b"a" * 990})) as mini:
+        for _ in range(3):
+            connection = mini.started(prompt="p", max_tokens=200, n=50, stream=True)
+            connection.getresponse().readline()
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sock.close()  # a reset, while the server writes
+        until(lambda: mini.count("cancelled") + mini.count("finished") == 150)
+    assert caplog.text == ""
+
+
+def test_more_connections_than_a_process_may_open_wait(monkeypatch, caplog):
+    resource, heard, report = pytest.importorskip("resource"), threading.Event(), server.Server.report
+    monkeypatch.setattr(server.Server, "report", lambda *given: (report(*given), heard.set()))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(Script()) as mini, socket.socket() as late:
+        late.settimeout(60)
+        assert mini.ask("GET", "/health")[0] == 200, "it runs"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
+        try:
+            late.connect(("127.0.0.1", mini.port))
+            assert heard.wait(60)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        late.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert late.recv(100).startswith(b"HTTP/1.1 200")
+        mini.server.report(None, {"exception": OSError(errno.EMFILE, "too many")})
+        with pytest.raises(AttributeError, match="default_exception_handler"):
+            mini.server.report(None, {"exception": OSError(errno.EBADF, "an error of ours")})
+    assert caplog.text == ""
+
+
 def test_too_many_who_wait():
     script = Script(permits=threading.Semaphore(0), most_running=1)
-    with serving(script, most=2) as mini:
-        first = [mini.started(prompt="p", max_tokens=2) for _ in range(1)]
-        until(lambda: mini.engine.stats.running == 1)
-        first += [mini.started(prompt="p", max_tokens=2) for _ in range(2)]
-        until(lambda: mini.engine.stats.waiting == 2)
+    with serving(script, most=3) as mini:
+        first = [mini.started(prompt="p", max_tokens=2) for _ in range(3)]
+        until(lambda: mini.engine.stats[2:4] == (1, 2))
         with pytest.raises(openai.InternalServerError) as caught:
             mini.complete(max_tokens=2)
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "1"
         script.permits = None
         assert [connection.getresponse().status for connection in first] == [200] * 3
-        assert mini.complete(max_tokens=2).choices[0].text == "ab"
+        assert len(mini.complete(max_tokens=2, n=3).choices) == 3, "who can run at once does not count as one who waits"
+        with pytest.raises(openai.InternalServerError):
+            mini.complete(max_tokens=2, n=4)
+        until(lambda: mini.engine.stats[:4] == (100, 100, 0, 0))
 
 
 def test_a_step_that_fails_ends_who_ran_and_nobody_else(capfd):
@@ -585,8 +641,9 @@ def test_where_to_listen():
     taken = server.listen("127.0.0.1", 0)
     with pytest.raises(SystemExit, match="in use already"):
         server.listen("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(SystemExit, match="no host 'no.such.host.invalid'"):
-        server.listen("no.such.host.invalid", 0)
+    for host in ("no.such.host.invalid", "a..b", "a" * 100):
+        with pytest.raises(SystemExit, match=f"no host '{host}'"):
+            server.listen(host, 0)
     taken.close()
 
 

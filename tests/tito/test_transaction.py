@@ -246,6 +246,20 @@ def test_reset_brings_back_what_was_released(course):
     assert transaction.reset(course.load(), lesson).backup is None, "nothing of the learner's was left to keep"
 
 
+def test_a_reference_that_came_with_a_newer_course_is_the_one_that_reset_brings_back(course):
+    released.keep_notebooks(course.load())
+    course.solve("01")
+    assert complete(course, "01").passed
+    transaction.reset(course.load(), course.lesson("01"))
+    path = course.lesson("01").package_file
+    newer = path.read_text(encoding="utf-8") + "\n# a newer release of the course\n"
+    path.write_text(newer, encoding="utf-8")
+    course.solve("01")
+    assert complete(course, "01").passed
+    transaction.reset(course.load(), course.lesson("01"))
+    assert path.read_text(encoding="utf-8") == newer
+
+
 def test_resets_in_the_same_second_keep_both_notebooks(course):
     released.keep_notebooks(course.load())
     lesson, kept = course.lesson("01"), []

@@ -55,11 +55,16 @@ __all__ = [
 import math
 import os
 import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from tinytorch.core.attention import visible_mask
+from tinytorch.core.autograd import no_grad
+from tinytorch.core.losses import cross_entropy
 from tinytorch.core.tensor import Tensor
 from tinytorch.core.training import load_checkpoint, save_checkpoint
 from tinytorch.generation.kv_cache import (
@@ -72,13 +77,15 @@ from tinytorch.generation.kv_cache import (
     KVStore,
     KVView,
     LayerKVCache,
+    check_chunk,
     check_tokens,
     kv_cache_bytes,
-    next_positions,
     per_row,
+    prefill,
     random_gpt,
-    storage_dtype,
+    slot_positions,
     whole_number,
+    write_tokens,
 )
 
 
@@ -324,7 +331,8 @@ class SlidingWindowKVCache(SlotKVCache):
     A token sees itself, the window - 1 before it, and the sinks. update() shows all that is held and the whole chunk,
     of whatever length; the commit evicts. Positions and lengths go on counting. What was rolled back comes again, or
     the rollback is refused: after eviction has begun, spare + 1 tokens are always forgiven. renumber=True counts
-    positions inside the cache (see A5). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023, section 3.
+    positions inside the cache (lesson 22, section 7). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023,
+    section 3.
 
     >>> cache = SlidingWindowKVCache(1, None, 1, 1, 1, window=3, sinks=1)
     >>> for _ in range(5):
@@ -563,13 +571,7 @@ class HeavyHitterKVCache(SlotKVCache):
         self._score[...] = self._score[:, rows]
 
 
-# %% cell 55
-from dataclasses import dataclass
-
-from tinytorch.generation.kv_cache import check_chunk, slot_positions, write_tokens
-
-
-# %% cell 62 (22-quantize)
+# %% cell 61 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -609,7 +611,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 65 (22-pack)
+# %% cell 64 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -641,7 +643,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 68 (22-quantized-bytes)
+# %% cell 67 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -652,7 +654,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 74 (22-groups)
+# %% cell 73 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -668,7 +670,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 77
+# %% cell 76
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -724,12 +726,13 @@ class GroupFormat:
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
 
-# %% cell 78
+# %% cell 77
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
     group_size None: 32; where 32 does not divide head_dim, a token's groups are the whole head. Values are always in
-    token groups: of group_size numbers, or of the whole head where channel groups have more tokens than the head numbers.
+    token groups: of group_size numbers, or of the whole head where channel groups have more tokens than the head has
+    numbers.
     """
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or bits not in (8, 4, 2):
         raise ValueError(f"bits must be 8, 4 or 2, got {bits!r}")
@@ -748,7 +751,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 79
+# %% cell 78
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -823,7 +826,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 80
+# %% cell 79
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -904,7 +907,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 85
+# %% cell 84
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -919,12 +922,12 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 90
+# %% cell 89
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
-    What it hands out is float32. truncate and rollback cut frozen groups: what is left of one reads as before, waits, and
-    is frozen anew, from the numbers that were read, when the group is whole again.
+    What it hands out is float32. truncate and rollback cut frozen groups: what is left of one reads as before, waits,
+    and is frozen anew, from the numbers that were read, when the group is whole again.
 
     >>> from tinytorch.generation.kv_cache import enable_kv_cache
     >>> model = random_gpt()
@@ -1176,14 +1179,6 @@ class OffloadedKVCache(KVCache):
 
 
 # %% cell 113
-import time
-from contextlib import ExitStack
-
-from tinytorch.core.autograd import no_grad
-from tinytorch.core.losses import cross_entropy
-from tinytorch.generation.kv_cache import prefill
-
-
 class CacheReport(NamedTuple):
     """What one cache cost: bytes, largest error of a logit, perplexity, seconds for a step of one token per row."""
 
@@ -1195,23 +1190,23 @@ class CacheReport(NamedTuple):
 
 
 def run_text(model, ids, caches, chunk, timed):
-    """Run ids (B, T) through each cache; name -> (logits (B, T, V), median seconds of a step with one token per row).
+    """Run ids (B, T) through each cache; name -> (logits (B, T, V), seconds of the fastest step of one token per row).
 
-    The text is read in chunks, its last `timed` tokens one by one, the caches taking turns: whatever else the machine
-    does meanwhile, it does to all.
+    The text is read in chunks, its last `timed` tokens one by one. The caches take turns, in an order that is shuffled
+    for each token: what the machine does meanwhile, and what the one before left in its caches, comes to all.
     """
-    first, seconds = ids.shape[1] - timed, {name: [] for name in caches}
+    first, seconds, rng = ids.shape[1] - timed, {name: [] for name in caches}, np.random.default_rng(0)
     with no_grad():
         pieces = {name: [prefill(model, ids[:, :first], cache, chunk=chunk).numpy()] for name, cache in caches.items()}
         for t in range(first, ids.shape[1]):
-            for name, cache in caches.items():
+            for name in rng.permutation(list(caches)).tolist():
                 start = time.perf_counter()
-                pieces[name].append(model(ids[:, t : t + 1], cache=cache).numpy())
+                pieces[name].append(model(ids[:, t : t + 1], cache=caches[name]).numpy())
                 seconds[name].append(time.perf_counter() - start)
-    return {name: (np.concatenate(pieces[name], axis=1), float(np.median(seconds[name]))) for name in caches}
+    return {name: (np.concatenate(pieces[name], axis=1), min(seconds[name])) for name in caches}
 
 
-def compare_caches(model, ids, factories, chunk=4, timed=16):
+def compare_caches(model, ids, factories, chunk=16, timed=8):
     """Run the same text through each cache; print a table and return a CacheReport for each.
 
     ids (B, T + 1): T tokens are run, the last is only predicted. factories: name -> a function that makes a cache, as
@@ -1223,9 +1218,10 @@ def compare_caches(model, ids, factories, chunk=4, timed=16):
         caches = {name: stack.enter_context(factory(**sizes)) for name, factory in factories.items()}
         runs, nbytes = run_text(model, ids[:, :-1], caches, chunk, timed), {n: c.nbytes for n, c in caches.items()}
     reports, exact = [], next(iter(runs.values()))[0]
-    print(f"{'cache':<20} {'bytes':>10} {'logit error':>12} {'perplexity':>11} {'ms per token':>13}")
+    print(f"{'cache':<20} {'bytes':>10} {'logit error':>12} {'perplexity':>11} {'ms per step':>12}")
     for name, (logits, seconds) in runs.items():
         perplexity = math.exp(cross_entropy(Tensor(logits), ids[:, 1:]).item())
-        reports.append(CacheReport(name, nbytes[name], float(np.abs(logits - exact).max()), perplexity, seconds))
-        print(f"{name:<20} {nbytes[name]:>10,} {reports[-1].logit_error:>12.3f} {perplexity:>11.2f} {1e3 * seconds:>13.2f}")
+        error = float(np.abs(logits - exact).max())
+        reports.append(CacheReport(name, nbytes[name], error, perplexity, seconds))
+        print(f"{name:<20} {nbytes[name]:>10,} {error:>12.3f} {perplexity:>11.2f} {1e3 * seconds:>12.2f}")
     return reports

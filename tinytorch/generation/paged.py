@@ -49,7 +49,7 @@ import hashlib
 import itertools
 import math
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,8 +89,8 @@ def slots_of(table, start, stop, block_size):
     >>> slots_of([7, 1, 4], 2, 6, block_size=4).tolist()
     [30, 31, 4, 5]
     """
-    positions = np.arange(start, stop)
-    return np.array(table, int)[positions // block_size] * block_size + positions % block_size
+    positions, table = np.arange(start, stop), np.array(table, int)
+    return table[positions // block_size] * block_size + positions % block_size
 
 
 # %% cell 14 (23-counts)
@@ -304,11 +304,10 @@ class OutOfBlocks(ValueError):
 
 
 class PassBook(SequenceBook):
-    """What a pass takes, and what it leaves when it is committed or fails."""
+    """What a pass takes, and what it leaves when it is committed or fails.
 
-    def __init__(self, num_blocks, block_size, max_seqs):
-        super().__init__(num_blocks, block_size, max_seqs)
-        self._leaving = Counter()  # block -> sequences that go over to a copy when their pass is committed
+    A shared block that is copied stays held until the commit, so that a failed pass finds it as it was.
+    """
 
     def reserve(self, seq, n):
         """Find room for n more tokens; the (source, target) pairs of blocks to be copied before they are written."""
@@ -330,7 +329,6 @@ class PassBook(SequenceBook):
             table, taken = next_table(self.blocks, sequence.blocks, written, copies, num_new)
             sequence.pending = Reservation(n, table, taken, written if copies else None)
             if copies:
-                self._leaving[written] += 1
                 pairs.append((written, taken[0]))
         return pairs
 
@@ -343,7 +341,7 @@ class PassBook(SequenceBook):
         """Per sequence: the partly filled block that it writes into (or None), must it copy it, its new blocks."""
         size = self.block_size
         written = [s.blocks[-1] if n and s.length % size else None for s, n in zip(sequences, counts)]
-        holders = {block: self.blocks.counts[block] - self._leaving[block] for block in written if block is not None}
+        holders = {block: self.blocks.counts[block] for block in written if block is not None}
         num_new = [blocks_needed(s.length + n, size) - len(s.blocks) for s, n in zip(sequences, counts)]
         return list(zip(written, must_copy(written, holders), num_new))
 
@@ -358,7 +356,8 @@ class PassBook(SequenceBook):
             raise ValueError(f"{len(tokens)} tokens were named, {n} are stored in sequence {seq}")
         all_known = tokens is not None and len(sequence.tokens) == sequence.length
         sequence.blocks, sequence.length, sequence.pending = pending.blocks, sequence.length + n, None
-        self._leave(pending, self.blocks.give)  # from here on, Ctrl-C may cost a free block or a name, and no token
+        if pending.left is not None:  # from here on, Ctrl-C may cost a free block or a name, and no token
+            self.blocks.give(pending.left)
         if all_known:
             sequence.tokens += tokens
         self._name_full_blocks(sequence)
@@ -367,16 +366,8 @@ class PassBook(SequenceBook):
         """Drop the open pass of a sequence, if there is one: its blocks are free again."""
         sequence = self._sequence(seq)
         pending, sequence.pending = sequence.pending, None
-        if pending is not None:
-            self._leave(pending, lambda block: None)
-            for block in reversed(pending.taken):
-                self.blocks.give(block)
-
-    def _leave(self, pending, give):
-        """Nobody is about to leave the shared block any more: it is given up now, or kept."""
-        if pending.left is not None:
-            self._leaving[pending.left] -= 1
-            give(pending.left)
+        for block in reversed(pending.taken if pending else []):
+            self.blocks.give(block)
 
     def _name_full_blocks(self, sequence):
         size, names = self.block_size, sequence.names
@@ -660,7 +651,8 @@ class OpenPass(NamedTuple):
     steps: np.ndarray  # its place in the chunk,
     slots: np.ndarray  # and the slot that it will fill
     tables: np.ndarray  # (B, n): the blocks of each row, padded with block 0
-    visible: list  # per row, how many tokens are stored and new
+    visible: list  # per row, how many tokens are stored and new,
+    positions: np.ndarray  # and the position in each slot, (B, S)
     tokens: list  # per row, the ids of the new ones, or None
 
 
@@ -675,7 +667,7 @@ class PagedPass(CacheDoor):
         now = self._open
         key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
         self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), slot_positions(now.visible))
+        return KVView(*self._read_through(layer_idx, now.tables, now.visible), now.positions)
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
@@ -700,7 +692,9 @@ class PagedPass(CacheDoor):
             slots = [slots_of(tables.table(seq, pending=True), start, stop, self.pool.block_size)
                      for seq, start, stop in zip(self.seqs, starts, lengths)]
             rows, steps = np.repeat(np.arange(self.batch_size), counts), np.concatenate([np.arange(n) for n in counts])
-            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths, tokens)
+            positions = slot_positions(lengths)
+            positions.flags.writeable = False  # every layer hands out the same
+            self._open = OpenPass(rows, steps, np.concatenate(slots), self._tables(pending=True), lengths, positions, tokens)
         except BaseException:
             self._release()
             raise
@@ -731,9 +725,11 @@ class PagedPass(CacheDoor):
         return np.array([table + [0] * (longest - len(table)) for table in tables], int)
 
     def _read_through(self, layer_idx, tables, lengths):
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, : max(lengths)]  # (2, B, H_kv, S, D)
+        longest = max(lengths)
+        both = self.pool.store.read(layer_idx, tables)[:, :, :, :longest]  # (2, B, H_kv, S, D)
         for row, length in enumerate(lengths):
-            both[:, row, :, length:] = 0
+            if length < longest:
+                both[:, row, :, length:] = 0
         both.flags.writeable = False
         return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
 

@@ -113,6 +113,8 @@ def reset(course: Course, lesson: Lesson) -> Reset:
             texts |= {lesson.package_path: None} if lesson.package_file.exists() else {}
         elif progress.owner(lesson, now) != "reference":
             texts[lesson.package_path] = released.reference(lesson)
+            kept = released.kept_reference(lesson)  # the next one is kept anew: the course may have changed by then
+            texts |= {kept: None} if (course.root / kept).exists() else {}
         backup = _keep_backup(lesson, texts[lesson.notebook.relative_to(course.root)])
         with locked(course.root):
             now = progress.read_locked(course.root)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tito.course.errors import CourseError
-from tito.course.processes import MARK, end_all
+from tito.course.processes import MARK, ONE_THREAD, end_all
 from tito.instructor import bubblewrap, calls, interpreter
 
 LEVELS = ("bwrap", "landlock+userns", "landlock", "none")  # strongest first
@@ -119,8 +119,7 @@ _PYTHON = ("-s", "-S", "-P", "-B")
 
 
 def _environment(mark: str, home: str) -> dict[str, str]:
-    one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-    return one_thread | {
+    return ONE_THREAD | {
         "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home, "MPLBACKEND": "Agg",
         "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", MARK: mark,
     }  # fmt: skip

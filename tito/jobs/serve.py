@@ -58,7 +58,8 @@ def engine_of(model, tokenizer, sizes: argparse.Namespace):
         return Scheduler(model, cache, token_budget=sizes.token_budget, max_running=sizes.max_running), cache
 
     try:
-        return Engine(new, tokenizer.tokens, tokenizer.special_tokens.get(END_OF_TEXT), sizes.max_waiting)
+        most = sizes.max_running + sizes.max_waiting
+        return Engine(new, tokenizer.tokens, tokenizer.special_tokens.get(END_OF_TEXT), most)
     except (ValueError, MemoryError) as error:
         sys.exit(f"tito: a cache of {blocks:,} blocks of {sizes.block_size} tokens cannot be had: {error}")
 

@@ -17,6 +17,7 @@ from tito import show
 from tito.course import progress, source
 from tito.course.errors import CourseError
 from tito.course.manifest import Course, Lesson
+from tito.course.processes import ONE_THREAD
 
 CHECKPOINT = Path(__file__).parents[2] / "tinytorch" / "demo" / "demo.safetensors"
 PROMPT = "The for statement is used to"
@@ -24,9 +25,7 @@ SAMPLING = ["--temperature", "0.7", "--top-k", "20", "--seed", "17"]  # livelier
 TRAINING_STEPS = 450  # about two minutes on two cores; the committed checkpoint took 1500
 CACHE_LESSON = "memoization"
 ENVIRONMENT = {
-    # One BLAS thread: matrices as small as the demo's gain nothing from a second one.
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+    **ONE_THREAD,
     # glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training
     # step; these tell it to keep them. Other platforms ignore the names.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),

@@ -89,7 +89,7 @@ def packages() -> list[Finding]:
 def _package(requirement: str) -> Finding:
     """One requirement such as `numpy>=1.26`."""
     name, least = re.match(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", requirement).groups()
-    version, advice = _version(name), f"`{sys.executable} -m pip install '{requirement}'` brings it."
+    version, advice = _version(name), f"`{_pasted()} -m pip install '{requirement}'` brings it."
     if version is None:
         return Finding(name, "problem", f"not installed, needed: {requirement}", advice)
     if least and _numbers(version) < _numbers(least):
@@ -186,7 +186,7 @@ def which_package(course: Course) -> Finding:
         f"Before you start Jupyter in another way, set PYTHONPATH to {course.root}."
     )
     if found is None:  # the folder was moved or renamed after `pip install -e .`
-        advice += f" For good: `{sys.executable} -m pip install -e .` in that folder."
+        advice += f" For good: `{_pasted()} -m pip install -e .` in that folder."
     return Finding("tinytorch", "note", f"Python finds {found}" if found else "Python does not find it", advice)
 
 
@@ -201,6 +201,11 @@ def kernel(course: Course) -> Finding:
         run = run_notebook(nothing, path)
     wrong = run.problem or next(iter(run.notes), None)
     if wrong:
-        advice = f"Install it anew: `{sys.executable} -m pip install --force-reinstall ipykernel jupyter_client`."
+        advice = f"Install it anew: `{_pasted()} -m pip install --force-reinstall ipykernel jupyter_client`."
         return Finding("kernel", "problem", wrong, advice)
     return Finding("kernel", "ok", f"starts and computes, {run.seconds:.1f} s")
+
+
+def _pasted() -> str:
+    """This Python as a shell takes it, also where its path has a space."""
+    return subprocess.list2cmdline([sys.executable])

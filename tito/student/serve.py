@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,5 +40,5 @@ def require_extra() -> None:
     if missing:
         raise CourseError(
             f"`tito serve` stands on Starlette and uvicorn, and {' and '.join(missing)} cannot be found.",
-            f"`{sys.executable} -m pip install {' '.join(EXTRA)}` brings them.",
+            f"`{subprocess.list2cmdline([sys.executable, '-m', 'pip', 'install', *EXTRA])}` brings them.",
         )

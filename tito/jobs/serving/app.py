@@ -71,7 +71,8 @@ def application(engine: Engine, model: asked.Model) -> Starlette:
         return Json(known)
 
     async def complete(request: Request, chat: bool) -> Response:
-        wanted = asked.read(await body_of(request), chat, model)
+        body = await body_of(request)
+        wanted = await asyncio.to_thread(asked.read, body, chat, model)  # a tokenizer may need a second for a megabyte
         reply = streamed if wanted.stream else at_once
         return await reply(wanted, answers.Answer(chat, model.name), run(engine, wanted, request))
 

@@ -10,6 +10,7 @@ from tito.jobs.serving.fields import ApiError, Fields, kind, parsed, shown, wron
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on to the end of the context
 MOST_CHOICES, MOST_STOPS = 128, 4
+COLDEST = 1e-6  # below, the likeliest token wins as it does at 0, and what is divided by it may overflow
 CHAT_ENDS = ("\n\nuser:",)  # a model that goes on with the user's words has had its turn
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -48,7 +49,8 @@ def read(body: bytes, chat: bool, model: Model) -> Asked:
     n, seed = fields.whole("n", 1, 1, MOST_CHOICES), fields.whole("seed", None, -(2**63), 2**63 - 1)
     if n * len(prompts) > MOST_CHOICES:
         raise wrong("n", f"times the prompts is {n * len(prompts)}, and one request has at most {MOST_CHOICES} choices")
-    how = {"temperature": fields.number("temperature", 1.0, 0, 2), "top_k": fields.whole("top_k", None, 1)}
+    temperature, top_k = fields.number("temperature", 1.0, 0, 2), fields.whole("top_k", None, 1)
+    how = {"temperature": temperature if temperature >= COLDEST else 0.0, "top_k": top_k}
     asked = most_tokens(fields, chat)
     stops, stream = stop_strings(fields.take("stop")), fields.flag("stream")
     include_usage = stream_options(fields.take("stream_options"), stream)

@@ -33,7 +33,7 @@ class Refused(Exception):
 
 
 class Busy(Exception):
-    """As many jobs wait as may wait."""
+    """As many jobs run and wait as may."""
 
 
 class Stopped(Exception):
@@ -71,10 +71,11 @@ class Engine:
     """Runs jobs on a scheduler. `new` makes one, with its cache: at the start, and again after an error.
 
     tokens: {id: bytes} of the tokenizer. end: the id that ends a text, if there is one; it is no part of the text.
+    most: jobs that run or wait; one more hears Busy.
     """
 
     def __init__(self, new: Callable[[], tuple], tokens: Mapping[int, bytes], end: int | None = None, most: int = 256):
-        self._new, self._tokens, self._end, self._most_waiting = new, tokens, end, most
+        self._new, self._tokens, self._end, self._most = new, tokens, end, most
         self._scheduler, self._cache = new()
         self._orders, self._jobs, self._outbox = queue.SimpleQueue(), {}, []  # jobs by request_id
         self._totals, self.closed = Counter(), False
@@ -122,7 +123,7 @@ class Engine:
         """Hand a job to the scheduler, or say why not."""
         if self.closed:
             return self._tell(job, Event(error=Stopped()))
-        if len(self._scheduler.waiting) >= self._most_waiting:
+        if len(self._jobs) >= self._most:
             return self._tell(job, Event(error=Busy()))
         job.text = Text(self._tokens, job.stops)
         request = Request(prompt=job.prompt, stop_token=self._end, **job.sampling)

@@ -43,7 +43,7 @@ class Fields:
         if value is None:
             return default
         if type(value) is not int:
-            raise wrong(name, f"is a whole number, not {kind(value)}")
+            raise wrong(name, f"is a whole number, not {shown(value) if type(value) is float else kind(value)}")
         if value < least or most is not None and value > most:
             limits = f"at least {least}" if most is None else f"from {least} to {most}"
             raise wrong(name, f"is {limits}; got {shown(value)}")
