@@ -25,7 +25,10 @@ last measurement AdamW (06).
 **It becomes** `tinytorch/models/llama.py`. Your cache runs it unchanged, and so do the lessons that follow.
 
 **Time:** about 90 minutes.
+"""
 
+# %% [markdown]
+"""
 | | GPT-2 (2019) | Llama, Qwen2 | section |
 |---|---|---|---|
 | norm | mean and variance | root mean square | 1 |
@@ -59,7 +62,7 @@ from tinytorch.core.attention import attention_weights, scaled_dot_product_atten
 from tinytorch.core.autograd import check_gradients, no_grad
 from tinytorch.core.losses import cross_entropy
 from tinytorch.core.optimizers import AdamW
-from tinytorch.generation.kv_cache import disable_kv_cache, enable_kv_cache
+from tinytorch.generation.kv_cache import disable_kv_cache, enable_kv_cache, kv_cache_bytes
 from tinytorch.models.transformer import MLP, layer_norm_array
 
 # %% [markdown]
@@ -84,7 +87,8 @@ def size_at_depth(seen, depth=24, width=64):
 if __name__ == "__main__":
     print("the mean is taken out :", size_at_depth(lambda x: x - x.mean(-1, keepdims=True)))
     print("divided by the size   :", size_at_depth(lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True))))
-    print("both, a layer norm    :", size_at_depth(lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)))
+    both = size_at_depth(lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True))
+    print("both, a layer norm    :", both)
 
 # %% [markdown]
 """
@@ -99,6 +103,10 @@ By hand, E = 4:
     squares       [4, 16, 16, 64]    mean 25, root 5
     n             [0.4, 0.8, 0.8, 1.6]
 
+"""
+
+# %% [markdown]
+"""
 **Predict** n for a row in which all numbers are the same, [5, 5, 5, 5] (eps is negligible). A layer norm makes
 zeros of it.
 """
@@ -148,7 +156,7 @@ def test_unit_rms_factor():
     factor = rms_factor(x, eps=1e-4)
     assert factor.shape == (3, 1), f"got shape {factor.shape}, expected (3, 1): one factor per row"
     got = factor[:, 0]
-    assert not np.isclose(got[0], 1 / 10, rtol=1e-3), f"[2, 4, 4, 8] got {got[0]:.3f}: the sum of the squares, not the mean"
+    assert not np.isclose(got[0], 1 / 10, rtol=1e-3), f"the factor is {got[0]:.3f}: the sum of the squares, not the mean"
     assert np.isfinite(got[1]) and np.isclose(got[1], 1 / 5, rtol=1e-3), (
         f"[5, 5, 5, 5] got the factor {got[1]:.3f}, expected 0.2: was the mean subtracted first?")
     assert np.isclose(got[0], 1 / 5, rtol=1e-3), f"[2, 4, 4, 8] got the factor {got[0]:.3f}, expected 1 / 5"
@@ -260,18 +268,21 @@ if __name__ == "__main__":
     weight, bias = np.ones(896, np.float32), np.zeros(896, np.float32)
     for tokens in (1, 512):
         x = np.random.default_rng(0).standard_normal((1, tokens, 896), dtype=np.float32)
-        layer, rms = (microseconds(run) for run in (lambda: layer_norm_array(x, weight, bias), lambda: rms_norm_array(x, weight)))
+        layer = microseconds(lambda: layer_norm_array(x, weight, bias))
+        rms = microseconds(lambda: rms_norm_array(x, weight))
         print(f"{tokens:4} tokens: layer norm {layer:7.1f} us, RMSNorm {rms:7.1f} us")
 
 # %% [markdown]
 """
 **Look back.** What does RMSNorm do to a row to whose numbers we all add 1000? And a layer norm?
+"""
 
+# %% [markdown]
+"""
 ## 2. Where does a token stand?
 
 GPT-2 *adds* a learned row per position. Two things follow, and both hurt. The table ends: position max_seq_len has no
-row. And a pair of words that moves through the text looks different at every place. Run it: the same two tokens, at
-three places.
+row. And a pair of words looks different wherever it stands. Run it: the same two tokens, at three places.
 """
 
 # %%
@@ -298,6 +309,10 @@ times a fixed angle. A dot product of two arrows knows only the angle between th
     query at 3, key at 1:  (0, -1) . (0, 1)  = -1
     query at 2, key at 0:  (-1, 0) . (1, 0)  = -1      the distance is 2 in both
 
+"""
+
+# %% [markdown]
+"""
 **Predict** the score of a query (1, 0) at position 6 and a key (1, 0) at position 2.
 """
 
@@ -327,6 +342,10 @@ hands of a clock. Pair i of a head with D numbers turns by theta ** (-2i / D) pe
     pair      0     1      2       3
     angle     1     0.1    0.01    0.001      (radians per position)
 
+"""
+
+# %% [markdown]
+"""
 **Build** the angles, in float64: at position 100,000 a rounding error of one angle is 100,000 times as large.
 """
 
@@ -382,7 +401,7 @@ no error.
 
 # %% [markdown]
 """
-A turn of (a, b) is (a cos - b sin, b cos + a sin). Every number is multiplied by its cos, and gets its *partner* times
+Turned, (a, b) is (a cos - b sin, b cos + a sin). Every number is multiplied by its cos, and gets its *partner* times
 sin, in the first half with a minus. The tables are made so, once for all layers:
 
     cos = [cos 0, cos 1, cos 0, cos 1]     sin = [-sin 0, -sin 1, sin 0, sin 1]      D = 4
@@ -449,7 +468,7 @@ def test_unit_rotate():
     assert got.shape == (4,), f"got shape {got.shape}, expected (4,)"
     assert not np.array_equal(got, [-2, 1, 3, 4]), f"got {got}: neighbours were turned (interleaved), not halves"
     assert not np.array_equal(got, [3, 2, 1, 4]), f"got {got}: sin has its minus already, in the first half"
-    assert np.allclose(got, [-3, 2, 1, 4]), f"[1, 2, 3, 4], pair 0 turned by a quarter: got {got}, expected [-3, 2, 1, 4]"
+    assert np.allclose(got, [-3, 2, 1, 4]), f"pair 0 of [1, 2, 3, 4], a quarter: got {got}, expected [-3, 2, 1, 4]"
     frequencies, rng = rotary_frequencies(6), np.random.default_rng(3)
     x = rng.standard_normal((2, 3, 4, 6), dtype=np.float32)
     table = rotary_table(np.arange(5, 9), frequencies)
@@ -547,7 +566,10 @@ Down a column the score stays: it knows the distance and nothing else. And a tex
 attention, the same text.
 
 **Look back.** Why are values not turned? What would a cache have to do if it stored keys *before* they are turned?
+"""
 
+# %% [markdown]
+"""
 ## 3. How far does it reach?
 
 There is no table that ends, so why not run 100,000 tokens through a model that was trained on 8192? Because of the slow
@@ -566,23 +588,29 @@ if __name__ == "__main__":
 """
 A fast pair has seen all of its angles many times over: nothing new can happen to it. A pair that makes less than one
 turn has seen only a part of the circle; beyond 8192 tokens it comes to angles that the model never met. Llama 3.1
-slows down those, and those alone, by a `factor`, and trains on a little. With w the turns in the original context:
+slows down those, and those alone, by a `factor`.
+"""
+
+# %% [markdown]
+"""
+With w the turns that a pair makes in the original context:
 
     w >= high_freq_factor     as it was              share = 1
     w <= low_freq_factor      divided by factor      share = 0
     between                   share = (w - low) / (high - low)
 
     frequency * (share + (1 - share) / factor)
-"""
 
-# %% [markdown]
-"""
 By hand, with 8192 original tokens, factor 8, low 1, high 4:
 
     turns in 8192 tokens   10     2.5      0.5
     share                   1     0.5      0
     slowed to               1     0.5625   0.125     of its frequency
 
+"""
+
+# %% [markdown]
+"""
 **Build** it. A pair that turns by f per position needs 2 pi / f positions for a full turn. Source: Llama 3.1's
 published code, `apply_scaling`; Meta's report is *The Llama 3 Herd of Models* (2024, arXiv 2407.21783).
 """
@@ -596,8 +624,8 @@ def scaled_frequencies(frequencies, factor, low_freq_factor, high_freq_factor, o
     """
     low, high = low_freq_factor, high_freq_factor
     if not (factor > 0 and 0 < low < high and original_max_position_embeddings > 0):
-        raise ValueError(f"rope scaling needs factor > 0, 0 < low_freq_factor < high_freq_factor and a context > 0; got "
-                         f"{factor}, {low}, {high}, {original_max_position_embeddings}")
+        raise ValueError("rope scaling needs factor > 0, 0 < low_freq_factor < high_freq_factor and a context > 0; "
+                         f"got {factor}, {low}, {high}, {original_max_position_embeddings}")
     ### BEGIN SOLUTION
     turns = original_max_position_embeddings * frequencies / (2 * np.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
@@ -613,7 +641,7 @@ def test_unit_scaled():
     assert got.shape == (3,), f"got shape {got.shape}, expected (3,)"
     slowed = got / frequencies
     assert slowed[0] != 0.125, f"the fast pair was slowed to {slowed[0]:.4f}: fast pairs stay, slow ones are slowed"
-    assert np.isclose(slowed[0], 1), f"10 turns: slowed to {slowed[0]:.4f}, expected 1; is the share kept within 0 and 1?"
+    assert np.isclose(slowed[0], 1), f"10 turns: times {slowed[0]:.4f}, expected 1; is the share kept within 0 and 1?"
     assert np.isclose(slowed[2], 0.125), (
         f"half a turn: slowed to {slowed[2]:.4f}, expected 0.125; a full turn is 2 pi, and the share is at least 0")
     assert np.isclose(slowed[1], 0.5625), f"2.5 turns: slowed to {slowed[1]:.4f}, expected 0.5 + 0.5 / 8 = 0.5625"
@@ -639,7 +667,10 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 **Look back.** Why not slow down all pairs by the same factor? (What would neighbouring tokens look like?)
+"""
 
+# %% [markdown]
+"""
 ## 4. Can an MLP choose what it lets through?
 
 In lesson 13's MLP each hidden number is one dot product, bent by a GELU. **SwiGLU** (Shazeer 2020, arXiv 2002.05202,
@@ -652,6 +683,10 @@ section 2) multiplies two: one says *what*, the other, through SiLU, *how much o
     silu   [  0,  0,  20]        silu(g) = g * sigmoid(g)
     hidden [  0,  0,  60]
 
+"""
+
+# %% [markdown]
+"""
 No biases. Three matrices in place of two: to keep the number of parameters, the hidden size shrinks.
 
 **Predict.** An MLP with E = 48 and 192 hidden numbers, without biases. Which hidden size gives a SwiGLU as many
@@ -783,13 +818,16 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Look back.** What does a SwiGLU compute where the gate is large for every token? Which lesson-13 part is that?
+**Look back.** What does a token get from a SwiGLU whose gates are all far below zero?
+"""
 
+# %% [markdown]
+"""
 ## 5. How many keys are worth keeping?
 
-The cache of lesson 17 keeps one key and one value per key head. Shazeer asked in 2019 whether one is enough for all query
-heads; Ainslie et al. 2023 (arXiv 2305.13245, section 2.2) found that a few are nearly as good as many. Qwen2.5-0.5B
-has 24 layers, 14 query heads of 64 numbers, and **2** key heads.
+The cache of lesson 17 keeps a key and a value for every key head. Shazeer 2019 (arXiv 1911.02150) let all query heads
+share one; Ainslie et al. 2023 (arXiv 2305.13245, section 2.2) found that a few are nearly as good as many.
+Qwen2.5-0.5B has 24 layers, 14 query heads of 64 numbers, and **2** key heads.
 
 **Predict** the bytes that its cache needs for one token, in float16. (And think: with 14 key heads?)
 """
@@ -843,7 +881,7 @@ def test_unit_repeat_heads():
     got = repeat_heads(x, 6)
     assert got.shape == (1, 6, 1, 1), f"2 key heads for 6 query heads: got shape {got.shape}, expected (1, 6, 1, 1)"
     heads = got.ravel().tolist()
-    assert heads != [10, 20, 10, 20, 10, 20], f"got {heads}: tile, where each head is to be repeated; neighbours share"
+    assert heads != [10, 20] * 3, f"got {heads}: tile, where each head is to be repeated; neighbours share"
     assert heads == [10, 10, 10, 20, 20, 20], f"got {heads}, expected [10, 10, 10, 20, 20, 20]"
     rng = np.random.default_rng(5)
     query, key, value = (Tensor(rng.standard_normal((2, heads, 5, 4), dtype=np.float32)) for heads in (6, 2, 2))
@@ -863,7 +901,8 @@ if __name__ == "__main__":
 # %% nbgrader={"grade": false, "grade_id": "21-measure-heads", "locked": true, "schema_version": 3, "solution": false, "task": false}
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    query, key = rng.standard_normal((1, 14, 1, 64), dtype=np.float32), rng.standard_normal((1, 2, 1024, 64), dtype=np.float32)
+    query = rng.standard_normal((1, 14, 1, 64), dtype=np.float32)
+    key = rng.standard_normal((1, 2, 1024, 64), dtype=np.float32)
     with no_grad():
         folded = microseconds(lambda: attention_weights(Tensor(query), Tensor(key)))
         copied = microseconds(lambda: attention_weights(Tensor(query), Tensor(repeat_heads(key, 14))))
@@ -872,8 +911,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-In lesson 12 the heads shared the embedding: D = E / H. A configuration may also **name** D (`head_dim`), and then H * D
-is another number than E. Qwen2 has biases on queries, keys and values, and none behind the heads.
+In lesson 12 the heads shared the embedding: D = E / H. A configuration may also **name** D (`head_dim`), and H * D need
+not be E. Qwen2 has biases on queries, keys and values, and none behind the heads.
 
 **Predict** the shapes of the two weights, (out, in), for E = 12, 4 query heads, 2 key heads and head_dim = 8.
 """
@@ -902,10 +941,13 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Build** `project`. Lesson 12's own makes the heads; then queries and keys are turned by where their tokens *stand*,
-`positions`. That is the place of the token in its text, not in the chunk at hand: with a cache the fifth token comes
-alone, and stands at 4. `CachedAttention` of lesson 17 says so to every attention with `rotary = True`, and stores the
-key turned: once, for good.
+**Build** `project`. Lesson 12's own makes the heads; then queries and keys are turned by where their tokens *stand*:
+
+    without a cache    a b c d e     positions 0 1 2 3 4
+    with a cache               e     positions         4
+
+`CachedAttention` of lesson 17 hands the positions to every attention with `rotary = True`. It stores the key turned:
+once, for good.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "21-project", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -976,12 +1018,15 @@ if __name__ == "__main__":
 """
 **Look back.** The cache keeps turned keys. Lesson 22 will drop tokens from its middle: do the scores of the others
 change?
+"""
 
+# %% [markdown]
+"""
 ## 6. Llama
 
-The block adds nothing new: lesson 13's, with other parts in the same places, and its `forward`. The model is lesson 13's
-GPT: `hidden`, `forward` and `generate` are inherited, because the parts have the same names. `position_embedding` is
-our RotaryEmbedding, which lets x pass, and every attention holds the same one.
+The block is lesson 13's with other parts in the same places, and so is the model: `hidden`, `forward` and `generate` are
+inherited, because the parts have the same names. `position_embedding` is our RotaryEmbedding, which lets x pass; every
+attention holds the same one.
 """
 
 # %%
@@ -1001,7 +1046,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
-    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.
+    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
     >>> model = Llama(100, 32, num_layers=2, num_heads=4, max_seq_len=64, num_kv_heads=2)
     >>> model([[1, 2, 3]]).shape
@@ -1087,7 +1132,7 @@ def test_unit_llama(cases=({}, dict(head_dim=8, rope_theta=500.0), dict(attentio
         assert got.shape == (1, 9, 41), f"{options}: logits have shape {got.shape}, expected (1, 9, 41)"
         error = np.abs(got[0] - expected).max(-1)
         assert error[0] < 1e-3, f"{options}: the first token is off by {error[0]:.4f}; it looks at nothing but itself"
-        assert error.max() < 1e-3, f"{options}: tokens are off by {error.round(4)}; the first is right, so who looks where?"
+        assert error.max() < 1e-3, f"{options}: off by {error.round(4)}; the first is right, so who looks where?"
         plain = model.generate(ids[:4], 8)
         cache = enable_kv_cache(model)
         pieces = np.concatenate([model(ids[a:b]).numpy() for a, b in ((0, 4), (4, 5), (5, 9))], axis=1)
@@ -1145,15 +1190,17 @@ def train_steps(model, draw, steps):
 
 def compare_models(steps=150):
     """Parameters, cache bytes per token and losses of a GPT and a Llama of the same width and depth."""
-    rng, alphabet = np.random.default_rng(0), zen_windows()[0]
-    sizes = dict(vocab_size=len(alphabet), embed_dim=64, num_layers=2, num_heads=4, max_seq_len=64, tie_weights=True, rng=rng)
-    for name, model in (("GPT", GPT(**sizes)), ("Llama, 4 key heads", Llama(**sizes)),
-                        ("Llama, 1 key head", Llama(**sizes, num_kv_heads=1))):
+    alphabet = zen_windows()[0]
+    sizes = dict(vocab_size=len(alphabet), embed_dim=64, num_layers=2, num_heads=4, max_seq_len=64, tie_weights=True)
+    print(f"{'':19}parameters   cache bytes/token   loss: step 50   step {steps}   ms a step")
+    for name, kind, options in (("GPT", GPT, {}), ("Llama, 4 key heads", Llama, {}),
+                                ("Llama, 1 key head", Llama, {"num_kv_heads": 1})):
+        model = kind(**sizes, **options, rng=np.random.default_rng(0))
         start, losses = time.perf_counter(), train_steps(model, zen_windows()[1], steps)
         milliseconds = (time.perf_counter() - start) / steps * 1e3
-        stored = 2 * 2 * model.num_kv_heads * 16 * 4
-        print(f"{name:19}: {sum(p.size for p in model.parameters()):7,} parameters, {stored:5} cache bytes per token, "
-              f"loss {np.mean(losses[45:55]):.2f}, {np.mean(losses[-10:]):.2f} (step 50, {steps}), {milliseconds:.0f} ms a step")
+        count, stored = sum(p.size for p in model.parameters()), kv_cache_bytes(2, model.num_kv_heads, 16, 1, 4)
+        print(f"{name:19}{count:10,} {stored:19} {np.mean(losses[45:55]):15.2f} {np.mean(losses[-10:]):10.2f} "
+              f"{milliseconds:11.0f}")
 
 
 if __name__ == "__main__":
@@ -1163,7 +1210,10 @@ if __name__ == "__main__":
 """
 One text of a few hundred words proves nothing about large models; the papers measured those. What you can see here is
 what each part costs, on your machine.
+"""
 
+# %% [markdown]
+"""
 ## 8. The module test
 
 Every check again; then a Llama learns a text by heart and writes it down, with and without a cache.
@@ -1204,16 +1254,19 @@ if __name__ == "__main__":
 """
 ## Summary
 
-* RMSNorm divides each row by its size; the mean, and the bias, were not what helped.
+* RMSNorm divides each row by its size, leaves its mean alone, and has no bias.
 * Rotary embedding turns queries and keys by their absolute positions; a score then knows only the distance.
 * Slow pairs limit the reach: Llama 3.1 slows them further, and leaves the fast ones alone.
 * SwiGLU multiplies what with how much: three matrices, two thirds of the width, no biases.
 * Neighbouring query heads share a key head: the cache shrinks by the size of the group.
+"""
 
+# %% [markdown]
+"""
 ## Exercises
 
-1. Use neighbours in place of halves, in `rotate_array` and in `rotary_table`. Permute the rows of `qkv_proj.weight` so that
-   the model computes what it did before.
+1. Turn neighbours in place of halves, in `rotate_array` and `rotary_table`. Permute the rows of `qkv_proj.weight` so
+   that the model computes what it did before.
 2. Make a GPT's keys into fewer: the mean of each group of key heads (Ainslie et al. 2023, section 2.1). How much worse
    is the loss, and after how many steps is it back?
 3. Train at 48 tokens, then run 200 with `max_seq_len=256`. At which position does the loss begin to rise, with
@@ -1224,10 +1277,14 @@ if __name__ == "__main__":
 """
 ## Design note: turn before or after the cache?
 
-We store keys turned, as transformers does: a token is turned once, and every later step reads it as it lies. The price is
-that a key is bound to its place. An engine that wants to move tokens, to cut a prompt's middle out or to renumber a
+We store keys turned, as transformers does: a token is turned once, and every later step reads it as it lies. The price:
+a key is bound to its place. An engine that wants to move tokens, to cut a prompt's middle out or to renumber a
 window (Xiao et al. 2024, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453, section 3.2),
 stores plain keys and turns all of them at every step.
+"""
 
-**Next:** 2 of 14 heads make a cache seven times smaller. Lesson 22 makes it smaller still: windows, eviction, fewer bits.
+# %% [markdown]
+"""
+**Next:** 2 key heads for 14 query heads make a cache seven times smaller. Lesson 22 makes it smaller still: windows,
+eviction, fewer bits.
 """

@@ -158,10 +158,11 @@ class TestParts:
         with pytest.raises(ValueError, match=f"even, got {head_dim}"):
             rotary_frequencies(head_dim)
 
-    @pytest.mark.parametrize("wrong", [{"factor": 0.0}, {"low_freq_factor": 4.0}, {"original_max_position_embeddings": 0}])
-    def test_scaling_without_sense_is_refused(self, wrong):
+    @pytest.mark.parametrize("name", SCALING)
+    def test_scaling_without_sense_is_refused(self, name):
+        wrong = 9.0 if name == "low_freq_factor" else 0
         with pytest.raises(ValueError, match="rope scaling"):
-            scaled_frequencies(rotary_frequencies(8), **{**SCALING, **wrong})
+            scaled_frequencies(rotary_frequencies(8), **{**SCALING, name: wrong})
 
     def test_wrong_widths_and_heads(self):
         with pytest.raises(ValueError, match=r"\(\.\.\., 8\)"):

@@ -42,9 +42,8 @@ def their_model(kind):
 def our_state(theirs):
     """Their weights under our names; queries, keys and values one below the other."""
     named = {name: tensor.detach().numpy() for name, tensor in theirs.named_parameters()}
-    state = {"token_embedding.weight": named.pop("model.embed_tokens.weight"), "norm.weight": named.pop("model.norm.weight")}
-    if "lm_head.weight" in named:
-        state["head.weight"] = named.pop("lm_head.weight")
+    ends = {"token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    state = {f"{ours}.weight": named.pop(f"{name}.weight") for ours, name in ends.items() if f"{name}.weight" in named}
     for i in range(L):
         for ours, name in NAMES.items():
             state[f"blocks.{i}.{ours}.weight"] = named.pop(f"model.layers.{i}.{name}.weight")

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# %% cell 2
+# %% cell 3
 import math
 
 import numpy as np
@@ -38,7 +38,7 @@ from tinytorch.core.tensor import Tensor, apply
 from tinytorch.models.transformer import GPT, TransformerBlock, init_weights
 
 
-# %% cell 10 (21-rms-factor)
+# %% cell 12 (21-rms-factor)
 def rms_factor(x, eps=1e-6):
     """1 / sqrt(mean square + eps) of each row: (..., E) -> (..., 1).
 
@@ -49,7 +49,7 @@ def rms_factor(x, eps=1e-6):
     return 1 / np.sqrt(mean_square + eps)
 
 
-# %% cell 12
+# %% cell 14
 def rms_norm_array(x, weight, eps=1e-6):
     """Each row divided by its root mean square, stretched by weight (E,): (..., E) -> (..., E).
 
@@ -60,7 +60,7 @@ def rms_norm_array(x, weight, eps=1e-6):
     return output
 
 
-# %% cell 14 (21-rms-norm-rule)
+# %% cell 16 (21-rms-norm-rule)
 @gradient(rms_norm_array)
 def rms_norm_rule(grad, output, x, weight, eps=1e-6):
     """Gradients of x (..., E) and weight (E,)."""
@@ -74,7 +74,7 @@ def rms_norm_rule(grad, output, x, weight, eps=1e-6):
     return h, grad_weight
 
 
-# %% cell 16
+# %% cell 18
 class RMSNorm(Module):
     """Divide each row by its root mean square, (..., E) -> (..., E). PyTorch: torch.nn.RMSNorm."""
 
@@ -91,7 +91,7 @@ class RMSNorm(Module):
         return f"{self.embed_dim}, eps={self.eps}"
 
 
-# %% cell 24 (21-frequencies)
+# %% cell 29 (21-frequencies)
 def rotary_frequencies(head_dim, theta=10000.0):
     """The angle per position of each pair of a head, in radians: (D/2,), float64.
 
@@ -106,7 +106,7 @@ def rotary_frequencies(head_dim, theta=10000.0):
     return theta ** (-2 * pairs / head_dim)
 
 
-# %% cell 28
+# %% cell 33
 def rotary_table(positions, frequencies):
     """cos and sin for each number of a head: positions (T,), frequencies (D/2,) -> (T, 2, D), float32.
 
@@ -121,7 +121,7 @@ def rotary_table(positions, frequencies):
     return np.stack(table, axis=-2).astype(np.float32)
 
 
-# %% cell 30 (21-rotate)
+# %% cell 35 (21-rotate)
 def rotate_array(x, cos, sin):
     """Each pair (i, i + D/2) of x (B, H, T, D) turned; cos and sin, (T, D) or (B, 1, T, D), as in rotary_table.
 
@@ -141,7 +141,7 @@ def rotate_rule(grad, output, x, cos, sin):
     return (rotate_array(grad, cos, -sin),)
 
 
-# %% cell 34
+# %% cell 39
 class RotaryEmbedding(Module):
     """Positions as angles: `forward` lets x pass and checks its positions; `rotate` turns queries and keys.
 
@@ -178,7 +178,7 @@ class RotaryEmbedding(Module):
         return f"{self.head_dim}, {self.max_seq_len}, theta={self.theta}"
 
 
-# %% cell 40 (21-scaled)
+# %% cell 47 (21-scaled)
 def scaled_frequencies(frequencies, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Llama 3.1's frequencies (D/2,): slow pairs `factor` times slower, fast ones as they were, a ramp between.
 
@@ -186,14 +186,14 @@ def scaled_frequencies(frequencies, factor, low_freq_factor, high_freq_factor, o
     """
     low, high = low_freq_factor, high_freq_factor
     if not (factor > 0 and 0 < low < high and original_max_position_embeddings > 0):
-        raise ValueError(f"rope scaling needs factor > 0, 0 < low_freq_factor < high_freq_factor and a context > 0; got "
-                         f"{factor}, {low}, {high}, {original_max_position_embeddings}")
+        raise ValueError("rope scaling needs factor > 0, 0 < low_freq_factor < high_freq_factor and a context > 0; "
+                         f"got {factor}, {low}, {high}, {original_max_position_embeddings}")
     turns = original_max_position_embeddings * frequencies / (2 * np.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (share + (1 - share) / factor)
 
 
-# %% cell 46 (21-swiglu)
+# %% cell 55 (21-swiglu)
 def smooth_step(x):
     """The sigmoid of x, any shape, by way of tanh: 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2."""
     step = x * 0.5
@@ -229,7 +229,7 @@ def swiglu_rule(grad, output, gate, up):
     return slope, active
 
 
-# %% cell 48
+# %% cell 57
 class SwiGLU(Module):
     """down(silu(gate(x)) * up(x)), each token on its own: (..., E) -> (..., E). No biases.
 
@@ -246,7 +246,7 @@ class SwiGLU(Module):
         return self.down_proj(apply(swiglu_array, self.gate_proj(x), self.up_proj(x)))
 
 
-# %% cell 54 (21-repeat-heads)
+# %% cell 64 (21-repeat-heads)
 def repeat_heads(x, num_heads):
     """A copy of the right key head for every query head: (B, H_kv, S, D) -> (B, H, S, D).
 
@@ -256,7 +256,7 @@ def repeat_heads(x, num_heads):
     return np.repeat(x, num_heads // x.shape[1], axis=1)
 
 
-# %% cell 61 (21-project)
+# %% cell 71 (21-project)
 class LlamaAttention(MultiHeadAttention):
     """Causal attention with rotary positions and shared key heads: x (B, T, E) -> (B, T, E).
 
@@ -283,7 +283,7 @@ class LlamaAttention(MultiHeadAttention):
         return turn(query, positions), turn(key, positions), value
 
 
-# %% cell 64
+# %% cell 75
 class LlamaBlock(TransformerBlock):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), with the parts of this lesson: (B, T, E) -> (B, T, E)."""
 
@@ -299,7 +299,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
-    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.
+    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
     >>> model = Llama(100, 32, num_layers=2, num_heads=4, max_seq_len=64, num_kv_heads=2)
     >>> model([[1, 2, 3]]).shape
