@@ -156,7 +156,7 @@ def test_unit_rms_factor():
     factor = rms_factor(x, eps=1e-4)
     assert factor.shape == (3, 1), f"got shape {factor.shape}, expected (3, 1): one factor per row"
     got = factor[:, 0]
-    assert not np.isclose(got[0], 1 / 10, rtol=1e-3), f"the factor is {got[0]:.3f}: the sum of the squares, not the mean"
+    assert not np.isclose(got[0], 1 / 10, rtol=1e-3), f"factor {got[0]:.3f}: the sum of the squares, not the mean"
     assert np.isfinite(got[1]) and np.isclose(got[1], 1 / 5, rtol=1e-3), (
         f"[5, 5, 5, 5] got the factor {got[1]:.3f}, expected 0.2: was the mean subtracted first?")
     assert np.isclose(got[0], 1 / 5, rtol=1e-3), f"[2, 4, 4, 8] got the factor {got[0]:.3f}, expected 1 / 5"
@@ -298,10 +298,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-The idea of rotary embedding (Su et al. 2021, arXiv 2104.09864, section 3.2): do not add the position, **turn** by
-it. Query and key are cut into pairs of numbers, arrows in a plane; the arrow of a token at position p is turned by p
-times a fixed angle. A dot product of two arrows knows only the angle between them, so a score knows only the
-**distance** of the two tokens. With a quarter turn per position:
+Rotary embedding (Su et al. 2021, arXiv 2104.09864, section 3.2) does not add the position, it **turns** by it. Query
+and key are cut into pairs of numbers, arrows in a plane; at position p an arrow is turned by p times a fixed angle. A
+dot product knows only the angle between two arrows, so a score knows only the **distance** of two tokens. With a
+quarter turn per position:
 
     position   0        1        2         3
     (1, 0)     (1, 0)   (0, 1)   (-1, 0)   (0, -1)
@@ -525,11 +525,11 @@ class RotaryEmbedding(Module):
 
     def rows(self, positions):
         """Rows of the table: (T,) -> (T, 2, D), (B, T) -> (B, 1, T, 2, D), one for all heads."""
-        needed = int(np.maximum.reduce(positions, axis=None)) + 1
-        if needed > len(self.table):
+        table, needed = self.table, int(np.maximum.reduce(positions, axis=None)) + 1
+        if needed > len(table):
             size = max(needed, min(self.max_seq_len, max(4096, 2 * needed)))
-            self.table = rotary_table(np.arange(size), self.frequencies)
-        rows = self.table[positions]
+            self.table = table = rotary_table(np.arange(size), self.frequencies)
+        rows = table[positions]
         return rows if positions.ndim == 1 else rows[:, None]
 
     def extra_repr(self):
@@ -1024,9 +1024,9 @@ change?
 """
 ## 6. Llama
 
-The block is lesson 13's with other parts in the same places, and so is the model: `hidden`, `forward` and `generate` are
-inherited, because the parts have the same names. `position_embedding` is our RotaryEmbedding, which lets x pass; every
-attention holds the same one.
+The block is lesson 13's with other parts in the same places, and so is the model: `hidden`, `forward` and `generate`
+are inherited, because the parts have the same names. `position_embedding` is our RotaryEmbedding, which lets x pass;
+every attention holds the same one.
 """
 
 # %%
@@ -1046,7 +1046,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
-    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.2.
+    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
     >>> model = Llama(100, 32, num_layers=2, num_heads=4, max_seq_len=64, num_kv_heads=2)
     >>> model([[1, 2, 3]]).shape
@@ -1159,7 +1159,7 @@ Two models, about equally many parameters, the same text, the same steps. **Gues
 which save bytes in the cache, which make the loss fall faster?
 """
 
-# %% nbgrader={"grade": false, "grade_id": "21-measure-models", "locked": true, "schema_version": 3, "solution": false, "task": false}
+# %%
 def zen_windows(seq_len=48, batch_size=8):
     """The alphabet of the Zen of Python, and a function that draws windows (inputs, targets) of its letters."""
     with redirect_stdout(io.StringIO()):
@@ -1187,7 +1187,7 @@ def train_steps(model, draw, steps):
         losses.append(loss.item())
     return losses
 
-
+# %% nbgrader={"grade": false, "grade_id": "21-measure-models", "locked": true, "schema_version": 3, "solution": false, "task": false}
 def compare_models(steps=150):
     """Parameters, cache bytes per token and losses of a GPT and a Llama of the same width and depth."""
     alphabet = zen_windows()[0]

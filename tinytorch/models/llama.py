@@ -167,11 +167,11 @@ class RotaryEmbedding(Module):
 
     def rows(self, positions):
         """Rows of the table: (T,) -> (T, 2, D), (B, T) -> (B, 1, T, 2, D), one for all heads."""
-        needed = int(np.maximum.reduce(positions, axis=None)) + 1
-        if needed > len(self.table):
+        table, needed = self.table, int(np.maximum.reduce(positions, axis=None)) + 1
+        if needed > len(table):
             size = max(needed, min(self.max_seq_len, max(4096, 2 * needed)))
-            self.table = rotary_table(np.arange(size), self.frequencies)
-        rows = self.table[positions]
+            self.table = table = rotary_table(np.arange(size), self.frequencies)
+        rows = table[positions]
         return rows if positions.ndim == 1 else rows[:, None]
 
     def extra_repr(self):
@@ -299,7 +299,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
-    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Qwen2: Yang et al. 2024 (arXiv 2407.10671), section 2.2.
+    Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
     >>> model = Llama(100, 32, num_layers=2, num_heads=4, max_seq_len=64, num_kv_heads=2)
     >>> model([[1, 2, 3]]).shape
