@@ -27,7 +27,7 @@ def their_model(kind):
         sizes |= dict(hidden_size=56, num_attention_heads=14, tie_word_embeddings=True)
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **theta))
     else:
-        sizes |= dict(head_dim=8) if kind == "wide" else {}
+        sizes |= {"wide": dict(head_dim=8), "biased": dict(attention_bias=True)}.get(kind, {})
         if kind == "llama3":
             theta = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **theta))
@@ -45,9 +45,9 @@ def our_state(theirs):
     ends = {"token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     state = {f"{ours}.weight": named.pop(f"{name}.weight") for ours, name in ends.items() if f"{name}.weight" in named}
     for i in range(L):
-        for ours, name in NAMES.items():
-            state[f"blocks.{i}.{ours}.weight"] = named.pop(f"model.layers.{i}.{name}.weight")
         for end in ("weight", "bias"):
+            state |= {f"blocks.{i}.{ours}.{end}": named.pop(f"model.layers.{i}.{name}.{end}")
+                      for ours, name in NAMES.items() if f"model.layers.{i}.{name}.{end}" in named}
             parts = [named.pop(f"model.layers.{i}.self_attn.{part}_proj.{end}", None) for part in "qkv"]
             if parts[0] is not None:
                 state[f"blocks.{i}.attention.qkv_proj.{end}"] = np.concatenate(parts)
@@ -58,7 +58,8 @@ def our_state(theirs):
 def pair(kind):
     theirs = their_model(kind)
     options = {
-        "llama": {}, "wide": dict(head_dim=8), "llama3": dict(rope_theta=500.0, rope_scaling=SCALED),
+        "llama": {}, "wide": dict(head_dim=8), "biased": dict(attention_bias=True, out_bias=True),
+        "llama3": dict(rope_theta=500.0, rope_scaling=SCALED),
         "qwen2": dict(embed_dim=56, num_heads=14, attention_bias=True, tie_weights=True),
     }[kind]
     sizes = dict(vocab_size=V, embed_dim=24, num_layers=L, num_heads=6, max_seq_len=S, num_kv_heads=2, hidden_dim=40)
@@ -67,7 +68,7 @@ def pair(kind):
     return ours, theirs
 
 
-@pytest.fixture(scope="module", params=["llama", "wide", "llama3", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "wide", "biased", "llama3", "qwen2"])
 def peers(request):
     return pair(request.param)
 

@@ -282,6 +282,8 @@ class TestModel:
         biased = small_llama(attention_bias=True, tie_weights=True).state_dict()
         assert sorted(set(biased) - set(names)) == [
             *(f"blocks.{i}.attention.qkv_proj.bias" for i in range(3)), "norm.weight", "token_embedding.weight"]
+        behind = small_llama(out_bias=True).state_dict()
+        assert [name for name in behind if "bias" in name] == [f"blocks.{i}.attention.out_proj.bias" for i in range(3)]
 
     def test_a_later_token_leaves_earlier_logits_bitwise(self):
         model, ids = small_llama(), np.arange(8)
