@@ -102,7 +102,6 @@ By hand, E = 4:
     x             [2, 4, 4, 8]
     squares       [4, 16, 16, 64]    mean 25, root 5
     n             [0.4, 0.8, 0.8, 1.6]
-
 """
 
 # %% [markdown]
@@ -274,7 +273,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-**Look back.** What does RMSNorm do to a row to whose numbers we all add 1000? And a layer norm?
+**Look back.** What does RMSNorm make of a row when 1000 is added to all of its numbers? And a layer norm?
 """
 
 # %% [markdown]
@@ -308,7 +307,6 @@ quarter turn per position:
 
     query at 3, key at 1:  (0, -1) . (0, 1)  = -1
     query at 2, key at 0:  (-1, 0) . (1, 0)  = -1      the distance is 2 in both
-
 """
 
 # %% [markdown]
@@ -341,7 +339,6 @@ hands of a clock. Pair i of a head with D numbers turns by theta ** (-2i / D) pe
 
     pair      0     1      2       3
     angle     1     0.1    0.01    0.001      (radians per position)
-
 """
 
 # %% [markdown]
@@ -588,7 +585,7 @@ if __name__ == "__main__":
 """
 A fast pair has seen all of its angles many times over: nothing new can happen to it. A pair that makes less than one
 turn has seen only a part of the circle; beyond 8192 tokens it comes to angles that the model never met. Llama 3.1
-slows down those, and those alone, by a `factor`.
+slows these down by a `factor`, leaves the fast ones as they are, and passes from one to the other in between.
 """
 
 # %% [markdown]
@@ -606,7 +603,6 @@ By hand, with 8192 original tokens, factor 8, low 1, high 4:
     turns in 8192 tokens   10     2.5      0.5
     share                   1     0.5      0
     slowed to               1     0.5625   0.125     of its frequency
-
 """
 
 # %% [markdown]
@@ -682,7 +678,6 @@ section 2) multiplies two: one says *what*, the other, through SiLU, *how much o
     up     [  3,  3,   3]
     silu   [  0,  0,  20]        silu(g) = g * sigmoid(g)
     hidden [  0,  0,  60]
-
 """
 
 # %% [markdown]
@@ -955,7 +950,8 @@ once, for good.
 class LlamaAttention(MultiHeadAttention):
     """Causal attention with rotary positions and shared key heads: x (B, T, E) -> (B, T, E).
 
-    rotary_embedding: the RotaryEmbedding of the model. head_dim: default E / H. bias: on queries, keys and values.
+    rotary_embedding: the RotaryEmbedding of the model, which also says how large a head is. bias: on queries, keys and
+    values; out_bias: behind the heads.
     """
 
     rotary = True  # a cache tells `project` where the tokens stand

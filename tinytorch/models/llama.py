@@ -260,7 +260,8 @@ def repeat_heads(x, num_heads):
 class LlamaAttention(MultiHeadAttention):
     """Causal attention with rotary positions and shared key heads: x (B, T, E) -> (B, T, E).
 
-    rotary_embedding: the RotaryEmbedding of the model. head_dim: default E / H. bias: on queries, keys and values.
+    rotary_embedding: the RotaryEmbedding of the model, which also says how large a head is. bias: on queries, keys and
+    values; out_bias: behind the heads.
     """
 
     rotary = True  # a cache tells `project` where the tokens stand
