@@ -27,7 +27,7 @@ class TestHelp:
     def test_no_command_shows_all_commands_in_a_students_order(self, course):
         done = expect(course.tito(), 0)
         shown = re.findall(r"^  (\w+)", done.stdout.split("Commands:")[1], re.M)
-        assert shown == ["module", "status", "doctor", "demo", "generate", "explore", "grade", "dev"]
+        assert shown == ["module", "status", "doctor", "demo", "generate", "serve", "explore", "grade", "dev"]
 
     @pytest.mark.parametrize("group", ["module", "dev"])
     def test_a_group_alone_shows_its_commands(self, course, group):
