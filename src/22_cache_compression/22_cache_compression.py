@@ -20,8 +20,8 @@
 at, keys and values in 8, 4 or 2 bits, and a cache in a file. Each takes the place of lesson 17's, and no other line of
 the model changes.
 
-**Needs** lessons 01, 04, 05, 07, 12, 13, 14 and 17. **Exported** to `tinytorch.generation.cache_compression`. **Time**
-120 minutes. Long cells without a hole are given: read their docstrings, come back for the rest.
+**Needs** lessons 01, 04, 05, 07, 12, 13, 14, 17 and 21. **Exported** to `tinytorch.generation.cache_compression`.
+**Time** 120 minutes. Long cells without a hole are given: read their docstrings, come back for the rest.
 """
 
 # %%
@@ -68,6 +68,7 @@ from tinytorch.generation.kv_cache import (
 # Given, and not part of the package: what the checks and measurements below use.
 from tinytorch.core.attention import attention_weights, scaled_dot_product_attention
 from tinytorch.generation.kv_cache import enable_kv_cache
+from tinytorch.models.llama import RotaryEmbedding
 from tinytorch.profiling.profiler import measure_latency
 
 
@@ -834,26 +835,15 @@ the tokens 0 1 2 3 (sinks) and 6 7 8 the next one stands not at position 9 but a
 
 # %% [markdown]
 """
-This works only where keys are stored *before* a position went into them. Rotary embedding (Su et al., *RoFormer*, 2021,
-arXiv 2104.09864, section 3.2) can wait: it turns queries and keys by an angle per position, and a score depends on the
-difference. `renumber=True` gives such positions; whoever attends rotates by `view.pos` after reading.
+This works only where keys are stored *before* a position went into them. The rotary embedding of lesson 21 can wait: it
+turns queries and keys by an angle per position, and a score depends on the difference. `renumber=True` gives such positions; whoever attends rotates by `view.pos` after reading.
 """
 
 # %%
-#| export
-def rotate(x, positions, base=10000.0):
-    """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
-
-    Number i of the first half and number i of the second are one pair, turned by position * base ** (-2i / D).
-    Source: Su et al. 2021, section 3.2; the halves as in Llama's code.
-    """
-    half = x.shape[-1] // 2
-    if x.shape[-1] != 2 * half:
-        raise ValueError(f"x has {x.shape[-1]} numbers per head: rotary positions turn pairs, so D must be even")
-    angle = np.asarray(positions)[:, None, :, None] * base ** (-np.arange(half) / half)  # (B, 1, T, D/2)
-    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def turned(x, positions, longest=8):
+    """x (B, H, T, D) turned by lesson 21's rotary embedding at its positions (B, T)."""
+    rotary = RotaryEmbedding(x.shape[-1], longest)
+    return rotary.rotate(Tensor(x, dtype=x.dtype), np.asarray(positions)).numpy()
 
 # %% nbgrader={"grade": true, "grade_id": "22-renumber-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_renumber():
@@ -866,9 +856,9 @@ def test_unit_renumber():
         f"the next token stands at {cache.positions(1).tolist()}, expected [[7]]: behind 4 sinks and 3 others")
     query, view = key[:, :, -1:], cache.update(0, key[:, :, -1:], key[:, :, -1:])
     seen = np.flatnonzero(visible_mask([7], view.pos[0], cache.window, cache.sinks)[0])
-    got = rotate(query, [[7]]) @ rotate(view.key.numpy(), view.pos)[:, :, seen].swapaxes(-1, -2)
+    got = turned(query, [[7]]) @ turned(view.key.numpy(), view.pos)[:, :, seen].swapaxes(-1, -2)
     text = key[:, :, [0, 1, 2, 3, 296, 297, 298, 299]]
-    expected = rotate(query, [[7]]) @ rotate(text, np.arange(8)[None]).swapaxes(-1, -2)
+    expected = turned(query, [[7]]) @ turned(text, np.arange(8)[None]).swapaxes(-1, -2)
     assert got.shape == expected.shape, f"the next token sees {len(seen)} keys, expected 4 sinks, 3 others and itself"
     assert np.allclose(np.sort(got), np.sort(expected)), "scores: not those of the 8 tokens one behind the other"
     message = error_of(lambda: enable_kv_cache(random_gpt(), factory=SlidingWindowKVCache, window=4, renumber=True))
@@ -891,7 +881,8 @@ def show_sink_drift(lengths=(8, 64, 512, 4096, 32768), window=8, sinks=1):
             store_tokens(cache, chunk, chunk)
             positions, view = cache.positions(1), cache.update(0, token, token)
             sink = int(np.flatnonzero(view.pos[0] == 0)[0])
-            score = rotate(token, positions)[0, 0, 0] @ rotate(view.key.numpy(), view.pos)[0, 0, sink] / 8
+            query, key = turned(token, positions, length + 1), turned(view.key.numpy(), view.pos, length + 1)
+            score = query[0, 0, 0] @ key[0, 0, sink] / 8
             cells.append(f"{positions[0, 0]:>10} {score:>6.2f}")
             cache.abandon()
         print(f"{length:>13} {cells[0]:>27} {cells[1]:>27}")
@@ -908,7 +899,8 @@ chunk the positions still grow, by at most the chunk.
 
 Our GPT *learned* its positions, and adds them before keys are made. By absolute positions, its table ends at
 max_seq_len, whatever the cache could hold; and renumbered it would read keys whose old positions no longer count. So
-`enable_kv_cache` refuses that. `renumber=True` waits for a model that rotates after reading.
+`enable_kv_cache` refuses that, and also for lesson 21's Llama, whose keys are turned before they are stored.
+`renumber=True` waits for a model that turns them after reading.
 """
 
 # %% [markdown]

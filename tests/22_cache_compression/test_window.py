@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinytorch.core.attention import visible_mask
-from tinytorch.generation.cache_compression import SlidingWindowKVCache, inside_positions, rotate
+from tinytorch.generation.cache_compression import SlidingWindowKVCache, inside_positions
 from tinytorch.generation.kv_cache import CachedAttention, disable_kv_cache, enable_kv_cache, prefill
 from tinytorch.models.transformer import GPT
 
@@ -274,31 +274,7 @@ class TestTheWayBack:
         assert cache.get(0)[0].data.ravel().tolist() == [0, 100, 500, 507, 508]
 
 
-def rotary_oracle(x, positions, base=10000.0):
-    """Pairs as complex numbers, turned by exp(i * angle)."""
-    half = x.shape[-1] // 2
-    angle = np.asarray(positions)[:, None, :, None] / base ** (2 * np.arange(half) / x.shape[-1])
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
-
-
 class TestPositionsInside:
-    @pytest.mark.parametrize("base", [10000.0, 100.0])
-    def test_rotate_turns_pairs(self, base):
-        x, positions = np.random.default_rng(0).standard_normal((2, 3, 5, 8)), ids_for(2, 5) * 100
-        got = rotate(x, positions, base)
-        assert got.shape == x.shape
-        np.testing.assert_allclose(got, rotary_oracle(x, positions, base), rtol=0, atol=1e-12)
-        np.testing.assert_array_equal(rotate(x, np.zeros((2, 5))), x)
-        assert rotate(x.astype(np.float32), positions).dtype == np.float32
-        with pytest.raises(ValueError, match="even"):
-            rotate(x[..., :7], positions)
-
-    def test_a_rotary_score_depends_on_the_distance_only(self):
-        query, key = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 16))
-        scores = [(rotate(query, [[p + 5]]) * rotate(key, [[p]])).sum() for p in (0, 3, 1000, 50_000)]
-        np.testing.assert_allclose(scores, scores[0], rtol=0, atol=1e-9)
-
     def test_inside_positions_by_hand(self):
         pos = np.array([[0, 1, 2, 3, 5, 6, 7, 8, 9, -1]])
         got = inside_positions(pos, [9], window=4, sinks=4)

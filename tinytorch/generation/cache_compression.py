@@ -12,7 +12,6 @@ __all__ = [
     "SlotKVCache",
     "SlidingWindowKVCache",
     "inside_positions",
-    "rotate",
     "attention_received",
     "who_stays",
     "change_tenants",
@@ -415,22 +414,6 @@ def inside_positions(pos, lengths, window, sinks):
     shift = np.maximum(np.array(lengths)[:, None] - (sinks + window - 1), 0)
     inside = np.where(pos < sinks, pos, pos - shift)
     return np.where((pos >= sinks) & (inside < sinks), -1, inside)
-
-
-# %% cell 36
-def rotate(x, positions, base=10000.0):
-    """Rotary position embedding: x (B, H, T, D) turned by the angles of its positions (B, T); D is even.
-
-    Number i of the first half and number i of the second are one pair, turned by position * base ** (-2i / D).
-    Source: Su et al. 2021, section 3.2; the halves as in Llama's code.
-    """
-    half = x.shape[-1] // 2
-    if x.shape[-1] != 2 * half:
-        raise ValueError(f"x has {x.shape[-1]} numbers per head: rotary positions turn pairs, so D must be even")
-    angle = np.asarray(positions)[:, None, :, None] * base ** (-np.arange(half) / half)  # (B, 1, T, D/2)
-    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 # %% cell 42 (22-received)
