@@ -41,6 +41,7 @@ def normal(*shape, seed=0):
 HALF_VISIBLE = np.tril(np.ones((3, 4), dtype=bool), k=1)
 
 # operations of later lessons, by the full name of the array function
+TURNS = np.tile(normal(3, 2), 2)  # an angle for each pair (i, i + D/2) of three tokens
 LATER = {
     "tinytorch.core.embeddings.embedding_array": [
         ((normal(5, 3), np.array([[1, 1, 4], [0, 1, 3]])), {}),
@@ -63,6 +64,14 @@ LATER = {
         ((normal(2, 3, 4), normal(4, seed=1), normal(4, seed=2)), {}),
         ((normal(5), normal(5, seed=1), normal(5, seed=2)), {"eps": 0.1}),
     ],
+    "tinytorch.models.llama.rms_norm_array": [
+        ((normal(2, 3, 4), normal(4, seed=1)), {}),
+        ((normal(5), normal(5, seed=1)), {"eps": 0.1}),
+    ],
+    "tinytorch.models.llama.rotate_array": [
+        ((normal(2, 2, 3, 4),), {"cos": np.cos(TURNS), "sin": np.sin(TURNS) * [-1, -1, 1, 1]}),
+    ],
+    "tinytorch.models.llama.swiglu_array": [((normal(2, 3, 4), normal(2, 3, 4, seed=1)), {})],
 }
 
 MODULES = [m.name for m in pkgutil.walk_packages(tinytorch.__path__, "tinytorch.") if not m.ispkg]
