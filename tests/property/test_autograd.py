@@ -39,9 +39,9 @@ def normal(*shape, seed=0):
 
 
 HALF_VISIBLE = np.tril(np.ones((3, 4), dtype=bool), k=1)
+TURNS = np.tile(normal(3, 2), 2)  # an angle for each pair (i, i + D/2) of three tokens
 
 # operations of later lessons, by the full name of the array function
-TURNS = np.tile(normal(3, 2), 2)  # an angle for each pair (i, i + D/2) of three tokens
 LATER = {
     "tinytorch.core.embeddings.embedding_array": [
         ((normal(5, 3), np.array([[1, 1, 4], [0, 1, 3]])), {}),
