@@ -522,7 +522,7 @@ class RotaryEmbedding(Module):
 
     def rows(self, positions):
         """Rows of the table: (T,) -> (T, 2, D), (B, T) -> (B, 1, T, 2, D), one for all heads."""
-        table, needed = self.table, int(np.maximum.reduce(positions, axis=None)) + 1
+        table, needed = self.table, max(int(np.maximum.reduce(positions, axis=None)) + 1, 1)  # padding reads a row, too
         if needed > len(table):
             size = max(needed, min(self.max_seq_len, max(4096, 2 * needed)))
             self.table = table = rotary_table(np.arange(size), self.frequencies)
@@ -1023,10 +1023,26 @@ change?
 The block is lesson 13's with other parts in the same places, and so is the model: `hidden`, `forward` and `generate`
 are inherited, because the parts have the same names. `position_embedding` is our RotaryEmbedding, which lets x pass;
 every attention holds the same one.
+
+One choice is left open, for lesson 22: a cache that *moves* tokens needs keys that are not turned yet.
 """
 
 # %%
 #| export
+class StreamingAttention(LlamaAttention):
+    """LlamaAttention that hands a cache its keys before they are turned: whoever reads them turns them, where they stand.
+
+    Without a cache nothing changes. Source: Xiao et al. 2023 (arXiv 2309.17453), section 3.2.
+    """
+
+    def project(self, x, positions=None):
+        """As in LlamaAttention; where a cache tells the positions, the key is as it is."""
+        if positions is None:
+            return super().project(x)
+        query, key, value = MultiHeadAttention.project(self, x)
+        return self.rotary_embedding.rotate(query, positions), key, value
+
+
 class LlamaBlock(TransformerBlock):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), with the parts of this lesson: (B, T, E) -> (B, T, E)."""
 
@@ -1042,6 +1058,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
+    keys_before_rotation: the same logits, by StreamingAttention, for a cache that turns keys when it is read (lesson 22).
     Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
     >>> model = Llama(100, 32, num_layers=2, num_heads=4, max_seq_len=64, num_kv_heads=2)
@@ -1051,16 +1068,17 @@ class Llama(GPT):
 
     def __init__(self, vocab_size, embed_dim, num_layers, num_heads, max_seq_len, num_kv_heads=None, head_dim=None,
                  hidden_dim=None, rope_theta=10000.0, rope_scaling=None, norm_eps=1e-6, attention_bias=False,
-                 out_bias=False, tie_weights=False, rng=None):
+                 out_bias=False, tie_weights=False, keys_before_rotation=False, rng=None):
         self.vocab_size, self.embed_dim, self.num_layers = vocab_size, embed_dim, num_layers
         self.num_heads, self.max_seq_len, self.tie_weights = num_heads, max_seq_len, tie_weights
         width = embed_dim if head_dim is None else num_heads * head_dim
         self.num_kv_heads, self.head_dim = head_sizes(width, num_heads, num_kv_heads)
         self.token_embedding = Embedding(vocab_size, embed_dim, rng=rng)
         self.position_embedding = RotaryEmbedding(self.head_dim, max_seq_len, rope_theta, rope_scaling)
-        self.dropout = Dropout(0.0)
+        self.dropout, self.keys_before_rotation = Dropout(0.0), keys_before_rotation
+        attention = StreamingAttention if keys_before_rotation else LlamaAttention
         heads = num_heads, self.position_embedding, self.num_kv_heads, attention_bias, out_bias, rng
-        self.blocks = [LlamaBlock(LlamaAttention(embed_dim, *heads), hidden_dim, norm_eps, rng)
+        self.blocks = [LlamaBlock(attention(embed_dim, *heads), hidden_dim, norm_eps, rng)
                        for _ in range(num_layers)]
         self.norm = RMSNorm(embed_dim, norm_eps)
         self.head = Linear(embed_dim, vocab_size, bias=False, rng=rng)
@@ -1276,7 +1294,7 @@ if __name__ == "__main__":
 We store keys turned, as transformers does: a token is turned once, and every later step reads it as it lies. The price:
 a key is bound to its place. An engine that wants to move tokens, to cut a prompt's middle out or to renumber a
 window (Xiao et al. 2024, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453, section 3.2),
-stores plain keys and turns all of them at every step.
+stores plain keys and turns all of them at every step: `keys_before_rotation=True`.
 """
 
 # %% [markdown]

@@ -68,7 +68,7 @@ from tinytorch.generation.kv_cache import (
 # Given, and not part of the package: what the checks and measurements below use.
 from tinytorch.core.attention import attention_weights, scaled_dot_product_attention
 from tinytorch.generation.kv_cache import enable_kv_cache
-from tinytorch.models.llama import RotaryEmbedding
+from tinytorch.models.llama import Llama, RotaryEmbedding
 from tinytorch.profiling.profiler import measure_latency
 
 
@@ -623,8 +623,8 @@ class SlidingWindowKVCache(SlotKVCache):
     A token sees itself, the window - 1 before it, and the sinks. update() shows all that is held and the whole chunk,
     of whatever length; the commit evicts. Positions and lengths go on counting. What was rolled back comes again, or
     the rollback is refused: after eviction has begun, spare + 1 tokens are always forgiven. renumber=True counts
-    positions inside the cache (lesson 22, section 7). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023,
-    section 3.
+    positions inside the cache, for a Llama(keys_before_rotation=True), whose keys update() turns by them (lesson 22,
+    section 7). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023, section 3.
 
     >>> cache = SlidingWindowKVCache(1, None, 1, 1, 1, window=3, sinks=1)
     >>> for _ in range(5):
@@ -638,7 +638,7 @@ class SlidingWindowKVCache(SlotKVCache):
                  spare=0, renumber=False, dtype=np.float32, strict=False, tracker=None):
         self.window, self.sinks = whole_number("window", window), whole_number("sinks", sinks, least=0)
         self.spare, self.renumber = whole_number("spare", spare, least=0), bool(renumber)
-        self._ring = self.window + self.spare
+        self._ring, self._rotate = self.window + self.spare, None
         super().__init__(batch_size, max_seq_len, num_layers, num_heads, head_dim,
                          dtype=dtype, strict=strict, tracker=tracker)
 
@@ -647,12 +647,19 @@ class SlidingWindowKVCache(SlotKVCache):
         return self._numbered(super().positions(n_new, seq_len))
 
     def check_model(self, model):
-        """ValueError for renumber=True on a model whose keys carry their position before they are stored."""
-        if self.renumber and not getattr(model, "keys_before_rotation", False):
+        """ValueError where keys carry their position and must not (renumber=True), or the other way round."""
+        if not self.renumber:
+            return super().check_model(model)
+        if not getattr(model, "keys_before_rotation", False):
             raise ValueError(
                 f"renumber=True needs keys without a position, rotated after they are read: {type(model).__name__} "
-                "stores keys that carry theirs. Use renumber=False (a model that rotates later says so by "
-                "keys_before_rotation = True)")
+                "stores keys that carry theirs. Use renumber=False, or a Llama(..., keys_before_rotation=True)")
+        self._rotate = model.position_embedding.rotate
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; on a model and with renumber=True, all keys turned by where they stand inside the cache."""
+        view = super().update(layer_idx, key, value, n_new)
+        return view if self._rotate is None else view._replace(key=self._rotate(view.key, view.pos))
 
     def _options(self):
         return {**super()._options(), "window": self.window, "sinks": self.sinks, "spare": self.spare,
@@ -836,7 +843,8 @@ the tokens 0 1 2 3 (sinks) and 6 7 8 the next one stands not at position 9 but a
 # %% [markdown]
 """
 This works only where keys are stored *before* a position went into them. The rotary embedding of lesson 21 can wait: it
-turns queries and keys by an angle per position, and a score depends on the difference. `renumber=True` gives such positions; whoever attends rotates by `view.pos` after reading.
+turns queries and keys by an angle per position, and a score depends on the difference. `renumber=True` gives such
+positions, and keys are turned by `view.pos` after reading: by `update` on a model, by ourselves in the check.
 """
 
 # %%
@@ -897,10 +905,45 @@ By absolute positions the same two vectors get another score at every length; re
 had when the window was first full. It is not free: keys are rotated at every read, not once; and inside one long
 chunk the positions still grow, by at most the chunk.
 
-Our GPT *learned* its positions, and adds them before keys are made. By absolute positions, its table ends at
-max_seq_len, whatever the cache could hold; and renumbered it would read keys whose old positions no longer count. So
-`enable_kv_cache` refuses that, and also for lesson 21's Llama, whose keys are turned before they are stored.
-`renumber=True` waits for a model that turns them after reading.
+Our GPT *learned* its positions, and adds them before keys are made: renumbered, it would read keys whose old positions
+no longer count, and so would a Llama that turns its keys before they are stored. `enable_kv_cache` refuses both.
+`Llama(..., keys_before_rotation=True)` is the same model with the same weights, whose keys are stored plain. Only a
+renumbered window turns them when it is read, so every other cache refuses this one.
+"""
+
+# %% [markdown]
+"""
+*Predict.* Both models were made for 64 positions, and get 1000 tokens, one by one, through a window of 28 and 4 sinks.
+At which token does the one with absolute positions stop? Where does the last token of the other one stand?
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "22-measure-stream", "locked": true, "schema_version": 3, "solution": false, "task": false}
+def show_stream(tokens=1000, window=28, sinks=4):
+    """Run a Llama of 64 positions token by token on a window of any length, both ways, as far as it goes."""
+    print("positions     tokens run   last position   cache bytes: first, last")
+    for renumber in (False, True):
+        model = Llama(64, 32, 2, 4, 64, keys_before_rotation=renumber, rng=np.random.default_rng(0)).eval()
+        cache = SlidingWindowKVCache(1, None, 2, 4, 8, window, sinks, renumber=renumber)
+        enable_kv_cache(model, cache=cache)
+        first, stop = cache.nbytes, ""
+        try:
+            for t in range(tokens):
+                position = cache.positions(1)[0, 0]
+                model([[t % 64]])
+        except ValueError as error:
+            stop, position = f"stopped: {error}", position - 1
+        name = "renumbered" if renumber else "absolute"
+        print(f"{name:<13} {cache.seq_pos:>10} {position:>15} {first:>13,} {cache.nbytes:>8,}   {stop}")
+
+
+if __name__ == "__main__":
+    show_stream()
+
+# %% [markdown]
+"""
+The renumbered model goes on for as long as we let it. It is no longer memory: what left the window is gone, and
+`generate` still counts the whole text against max_seq_len; a stream calls the model itself, as above. A prompt comes
+in chunks that fit behind sinks and window: `prefill(model, ids, cache, chunk=32)`.
 """
 
 # %% [markdown]

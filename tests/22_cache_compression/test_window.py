@@ -7,7 +7,7 @@ import pytest
 
 from tinytorch.core.attention import visible_mask
 from tinytorch.generation.cache_compression import SlidingWindowKVCache, inside_positions
-from tinytorch.generation.kv_cache import CachedAttention, disable_kv_cache, enable_kv_cache, prefill
+from tinytorch.generation.kv_cache import disable_kv_cache, enable_kv_cache, prefill
 from tinytorch.models.transformer import GPT
 
 V, T = 11, 12
@@ -328,8 +328,6 @@ class TestPositionsInside:
                 join()
         assert cache.seq_lens == [0] and model._kv_cache is None
         assert all(a is b for a, b in zip(parts, [model.norm, *(block.attention for block in model.blocks)]))
-        model.keys_before_rotation = True
-        assert enable_kv_cache(model, cache=cache) is cache and isinstance(model.blocks[0].attention, CachedAttention)
 
 
 @pytest.mark.parametrize("option, value", [

@@ -794,6 +794,14 @@ class TestThroughAModel:
             with pytest.raises(ValueError, match="renumber"):
                 enable_kv_cache(random_gpt(), cache=member.make())
 
+    @runs_gpt
+    def test_a_model_whose_keys_are_still_to_be_turned_is_refused_and_left_alone(self, member):
+        model, cache = random_gpt(), member.make()
+        model.keys_before_rotation, parts = True, parts_of(model)
+        with pytest.raises(ValueError, match="not turned yet.*renumber=True"):
+            enable_kv_cache(model, cache=cache)
+        assert all(part is old for part, old in zip(parts_of(model), parts, strict=True)) and model._kv_cache is None
+
 
 def changed(path, change):
     """Write a saved cache anew, with other arrays: change(state) -> those that differ."""

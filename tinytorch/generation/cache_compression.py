@@ -330,8 +330,8 @@ class SlidingWindowKVCache(SlotKVCache):
     A token sees itself, the window - 1 before it, and the sinks. update() shows all that is held and the whole chunk,
     of whatever length; the commit evicts. Positions and lengths go on counting. What was rolled back comes again, or
     the rollback is refused: after eviction has begun, spare + 1 tokens are always forgiven. renumber=True counts
-    positions inside the cache (lesson 22, section 7). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023,
-    section 3.
+    positions inside the cache, for a Llama(keys_before_rotation=True), whose keys update() turns by them (lesson 22,
+    section 7). Sources: Jiang et al. 2023, section 2; Xiao et al. 2023, section 3.
 
     >>> cache = SlidingWindowKVCache(1, None, 1, 1, 1, window=3, sinks=1)
     >>> for _ in range(5):
@@ -345,7 +345,7 @@ class SlidingWindowKVCache(SlotKVCache):
                  spare=0, renumber=False, dtype=np.float32, strict=False, tracker=None):
         self.window, self.sinks = whole_number("window", window), whole_number("sinks", sinks, least=0)
         self.spare, self.renumber = whole_number("spare", spare, least=0), bool(renumber)
-        self._ring = self.window + self.spare
+        self._ring, self._rotate = self.window + self.spare, None
         super().__init__(batch_size, max_seq_len, num_layers, num_heads, head_dim,
                          dtype=dtype, strict=strict, tracker=tracker)
 
@@ -354,12 +354,19 @@ class SlidingWindowKVCache(SlotKVCache):
         return self._numbered(super().positions(n_new, seq_len))
 
     def check_model(self, model):
-        """ValueError for renumber=True on a model whose keys carry their position before they are stored."""
-        if self.renumber and not getattr(model, "keys_before_rotation", False):
+        """ValueError where keys carry their position and must not (renumber=True), or the other way round."""
+        if not self.renumber:
+            return super().check_model(model)
+        if not getattr(model, "keys_before_rotation", False):
             raise ValueError(
                 f"renumber=True needs keys without a position, rotated after they are read: {type(model).__name__} "
-                "stores keys that carry theirs. Use renumber=False (a model that rotates later says so by "
-                "keys_before_rotation = True)")
+                "stores keys that carry theirs. Use renumber=False, or a Llama(..., keys_before_rotation=True)")
+        self._rotate = model.position_embedding.rotate
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; on a model and with renumber=True, all keys turned by where they stand inside the cache."""
+        view = super().update(layer_idx, key, value, n_new)
+        return view if self._rotate is None else view._replace(key=self._rotate(view.key, view.pos))
 
     def _options(self):
         return {**super()._options(), "window": self.window, "sinks": self.sinks, "spare": self.spare,
@@ -416,7 +423,7 @@ def inside_positions(pos, lengths, window, sinks):
     return np.where((pos >= sinks) & (inside < sinks), -1, inside)
 
 
-# %% cell 42 (22-received)
+# %% cell 45 (22-received)
 def attention_received(weights, n_new):
     """What each key received from all heads and all valid queries together: (B, H, T, S) -> (B, S), float64.
 
@@ -430,7 +437,7 @@ def attention_received(weights, n_new):
     return np.where(valid[:, None, :, None], weights, 0).sum(axis=(1, 2), dtype=np.float64)
 
 
-# %% cell 46 (22-evict)
+# %% cell 49 (22-evict)
 def who_stays(pos, score, budget, recent):
     """Indices, sorted, of the `recent` newest tokens and the best of the rest by score: at most `budget` together.
 
@@ -457,7 +464,7 @@ def change_tenants(pos, score, stays, new_pos, new_score):
     return slots, newcomers
 
 
-# %% cell 49
+# %% cell 52
 class HeavyHitterKVCache(SlotKVCache):
     """`budget` tokens per layer and row: the `recent` newest (default: half), and those that received most attention.
 
@@ -554,7 +561,7 @@ class HeavyHitterKVCache(SlotKVCache):
         self._score[...] = self._score[:, rows]
 
 
-# %% cell 61 (22-quantize)
+# %% cell 64 (22-quantize)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -594,7 +601,7 @@ def dequantize(codes, scale, low):
     return x if x.dtype == np.float32 else np.clip(x, -LARGEST, LARGEST).astype(np.float32)
 
 
-# %% cell 64 (22-pack)
+# %% cell 67 (22-pack)
 def pack(codes, bits):
     """Codes below 2**bits, (..., n) uint8 -> (..., ceil(n * bits / 8)) bytes; the first of a byte in its lowest bits.
 
@@ -626,7 +633,7 @@ def unpack(packed, bits, count):
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :count]
 
 
-# %% cell 67 (22-quantized-bytes)
+# %% cell 70 (22-quantized-bytes)
 def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     """Bytes of one layer's keys and values in whole groups: packed codes, and a float32 scale and low per group.
 
@@ -637,7 +644,7 @@ def quantized_bytes(num_tokens, num_heads, head_dim, bits, group_size):
     return numbers * bits // 8 + numbers // group_size * 8
 
 
-# %% cell 73 (22-groups)
+# %% cell 76 (22-groups)
 def complete_groups(waiting, new, group_size):
     """Old waiting tokens and new ones: the groups that are whole now, (H, N, G, D), and what waits on (H, R < G, D).
 
@@ -653,7 +660,7 @@ def complete_groups(waiting, new, group_size):
     return frozen.reshape(len(tokens), whole, group_size, tokens.shape[2]), waiting
 
 
-# %% cell 76
+# %% cell 79
 @dataclass(frozen=True)
 class GroupFormat:
     """How keys, or values, of one head are stored: units of whole groups, each with a scale and a low.
@@ -709,7 +716,7 @@ class GroupFormat:
         return x.reshape(*outer[:-1], outer[-1] * self.tokens, self.head_dim)
 
 
-# %% cell 77
+# %% cell 80
 def quantized_formats(head_dim, bits, key_axis, group_size):
     """The formats of keys and of values; ValueError for what cannot be stored so.
 
@@ -734,7 +741,7 @@ def quantized_formats(head_dim, bits, key_axis, group_size):
     return keys, GroupFormat(head_dim, int(bits), "token", numbers)
 
 
-# %% cell 78
+# %% cell 81
 class GroupedTokens:
     """The keys, or the values, of one layer: frozen units (B, H, N, ...) and waiting tokens (B, H, < G, D).
 
@@ -809,7 +816,7 @@ class GroupedTokens:
             array[...] = array[rows]
 
 
-# %% cell 79
+# %% cell 82
 class QuantizedKVCache:
     """The keys and values of one layer in 8, 4 or 2 bits: update and get_kv as in lesson 17's LayerKVCache.
 
@@ -890,7 +897,7 @@ class QuantizedKVCache:
         return 8 * self.batch_size * self.num_heads * self.max_seq_len * self.head_dim / self.memory_bytes()
 
 
-# %% cell 84
+# %% cell 87
 def outlier_keys(num_tokens, head_dim=32, outliers=(5, 20), size=12.0, seed=0):
     """Keys and values (1, 1, T, D) of random numbers; in the keys, the channels `outliers` are large in every token."""
     key, value = np.random.default_rng(seed).standard_normal((2, 1, 1, num_tokens, head_dim), dtype=np.float32)
@@ -905,7 +912,7 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 89
+# %% cell 92
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
@@ -995,7 +1002,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 95 (22-state)
+# %% cell 98 (22-state)
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
@@ -1015,7 +1022,7 @@ def cache_state(cache):
     }
 
 
-# %% cell 98 (22-state-problem)
+# %% cell 101 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
     lengths, rows = state.get("lengths", np.zeros(0)), cache.batch_size
@@ -1046,7 +1053,7 @@ def state_layout(cache, longest):
     return {"key": (shape, cache.dtype), "value": (shape, cache.dtype)}
 
 
-# %% cell 102
+# %% cell 105
 TOKENS = "tokens as they came"
 
 
@@ -1069,7 +1076,7 @@ def save_cache(cache, path):
     save_checkpoint(path, cache_state(cache), notes)
 
 
-# %% cell 103
+# %% cell 106
 def cache_for(state, metadata, path):
     """An empty KVCache of the sizes that a file of tokens names."""
     kind = metadata.get("kind", TOKENS)
@@ -1117,7 +1124,7 @@ def load_cache(path, cache=None):
     return cache
 
 
-# %% cell 107
+# %% cell 110
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):
@@ -1161,7 +1168,7 @@ class OffloadedKVCache(KVCache):
         return {**super()._options(), "folder": self._folder}
 
 
-# %% cell 113
+# %% cell 116
 class CacheReport(NamedTuple):
     """What one cache cost: bytes, largest error of a logit, perplexity, seconds for a step of one token per row."""
 

@@ -432,11 +432,12 @@ class KVStore:
 class CacheDoor:
     """What may be asked of a cache, and what it refuses, before anything changes.
 
-    A member may define `window`, `sinks` and `observe`, and these hooks, which do nothing here:
+    A member may define `window`, `sinks` and `observe`, and these hooks:
 
         _open_pass(lengths)  before a pass writes anything, with what each row will hold: to find room, or to refuse
         _keep_pass()         when a pass is committed: to put its tokens where they belong
-        check_model(model)   before the cache joins a model: to refuse one on which it would be wrong
+        check_model(model)   before the cache joins a model: to refuse one on which it would be wrong, or to learn from
+                             it how its keys are read
     """
 
     window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
@@ -472,7 +473,12 @@ class CacheDoor:
         self._ledger.commit()
 
     def check_model(self, model):
-        """Raise for a model on which this cache would be wrong; lesson 22 renumbers tokens."""
+        """ValueError for a model whose keys need a turn that this cache does not give; lesson 22's renumbered does."""
+        if getattr(model, "keys_before_rotation", False):
+            raise ValueError(
+                f"{type(model).__name__}(keys_before_rotation=True) stores keys that are not turned yet, and this "
+                f"{type(self).__name__} hands them out as they came. Take a SlidingWindowKVCache(renumber=True), or a "
+                "model with keys_before_rotation=False")
 
     def attached_to(self, model, n_new=None):
         """A context manager: inside, the model runs on this cache (see `attached`, section 9)."""
