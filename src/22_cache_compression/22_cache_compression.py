@@ -855,7 +855,7 @@ def turned(x, positions, longest=8):
 
 # %% nbgrader={"grade": true, "grade_id": "22-renumber-test", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 def test_unit_renumber():
-    """Oracles: the paper's example, and rotary attention over a text that is only as long as the cache."""
+    """Oracles: the paper's example; rotary attention, and a model of one layer, over what is held and nothing else."""
     cache = SlidingWindowKVCache(1, None, 1, 1, 8, window=4, sinks=4, renumber=True, dtype=np.float64)
     key = np.random.default_rng(0).standard_normal((1, 1, 300, 8))
     for t in range(299):
@@ -871,6 +871,14 @@ def test_unit_renumber():
     assert np.allclose(np.sort(got), np.sort(expected)), "scores: not those of the 8 tokens one behind the other"
     message = error_of(lambda: enable_kv_cache(random_gpt(), factory=SlidingWindowKVCache, window=4, renumber=True))
     assert "renumber" in message, "a GPT with learned positions and renumber=True: got no error, and wrong text"
+    plain, streams = (Llama(64, 32, 1, 4, 16, keys_before_rotation=late, rng=np.random.default_rng(1)).eval()
+                      for late in (False, True))
+    enable_kv_cache(streams, factory=SlidingWindowKVCache, max_seq_len=None, window=4, sinks=2, renumber=True)
+    for token in range(40):
+        got = streams([[token]]).numpy()[:, -1]
+    expected = plain([[0, 1, 36, 37, 38, 39]]).numpy()[:, -1]
+    assert got.shape == expected.shape and np.allclose(got, expected, atol=1e-4), (
+        f"token 40 of a Llama of 16 positions: off by {np.abs(got - expected).max():.3f} from a text of what is held")
 
 
 if __name__ == "__main__":

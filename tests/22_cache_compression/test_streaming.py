@@ -173,6 +173,16 @@ class TestTheStream:
         for n_new in ([0, 0], [2, 0], [0, 0], [1, 2]):
             both.run(2, n_new)
 
+    @pytest.mark.parametrize("dtype, atol", [(np.float64, 1e-4), (np.float16, 0.05)])
+    def test_other_types(self, dtype, atol):
+        model, ids = streaming_llama(), np.random.default_rng(4).integers(0, V, 20)
+        cache = SlidingWindowKVCache(1, None, L, H_KV, D, 4, 2, renumber=True, dtype=dtype)
+        oracle = Stream(model, 4, 2)
+        for token in ids:
+            got = model([[token]], cache=cache).numpy()
+            assert got.shape == (1, 1, V)
+            np.testing.assert_allclose(got[0], oracle.run(np.array([token])), rtol=0, atol=atol)
+
     def test_a_second_cache_reads_by_its_own_model(self):
         model, ids = streaming_llama(), np.arange(12)[None] % V
         enable_kv_cache(model, factory=SlidingWindowKVCache, max_seq_len=None, window=4, renumber=True)
@@ -182,5 +192,6 @@ class TestTheStream:
 
 
 def test_a_renumbered_window_refuses_a_llama_that_turns_first():
+    cache = SlidingWindowKVCache(1, None, L, H_KV, D, 4, renumber=True)
     with pytest.raises(ValueError, match="keys_before_rotation=True"):
-        SlidingWindowKVCache(1, None, L, H_KV, D, 4, renumber=True).check_model(streaming_llama(keys_before_rotation=False))
+        enable_kv_cache(streaming_llama(keys_before_rotation=False), cache=cache)
