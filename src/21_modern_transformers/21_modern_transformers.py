@@ -504,7 +504,7 @@ class RotaryEmbedding(Module):
     """
 
     def __init__(self, head_dim, max_seq_len, theta=10000.0, scaling=None):
-        self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
+        self.head_dim, self.max_seq_len, self.theta, self.scaling = head_dim, max_seq_len, theta, scaling
         self.frequencies = rotary_frequencies(head_dim, theta)
         if scaling is not None:
             self.frequencies = scaled_frequencies(self.frequencies, **scaling)

@@ -56,10 +56,10 @@ def _index(root: Path, lessons: list[Lesson], graded: set[str]) -> str:
 
 
 def _package_files(folder: Path) -> list[Path]:
-    """The files below `folder`, without caches and hidden ones."""
+    """The files below `folder`, without caches and hidden ones; `folder` may be a file itself."""
     return [
         path
-        for path in sorted(folder.rglob("*"))
+        for path in [folder, *sorted(folder.rglob("*"))]
         if path.is_file() and path.suffix not in (".pyc", ".tmp")
         and not any(part in CACHES or part.startswith(".") for part in path.relative_to(folder).parts)
     ]  # fmt: skip
