@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tinytorch.core import training
+from tinytorch.core.layers import Dropout
 from tinytorch.core.training import CheckpointError, entry_of, layout_problem, write_atomically
 from tinytorch.generation.kv_cache import original
 from tinytorch.models.llama import Llama
@@ -211,7 +212,7 @@ def fill(places, stored, weights, tied_to):
     head = stored.pop("lm_head.weight", None) if tied_to else None
     for name, place in places.items():
         if name not in stored:
-            raise CheckpointError(f"{weights} lacks the tensor {name}; needed is the shape {place.shape}")
+            raise CheckpointError(f"{weights} lacks the tensor {name}, which {CONFIG} asks for: shape {place.shape}")
     for name, tensor in stored.items():
         found = f"{tensor.file}: {name}, {tensor.code} of shape {tensor.shape}"
         if name not in places:
@@ -282,14 +283,17 @@ class Config:
             raise self.error(f"it describes a model of more than {needed:,} numbers, and the files hold {held:,}")
 
 
-class Blank:
-    """In place of a random generator: the weights come from the file."""
+class Blank(np.random.Generator):
+    """A generator that does not spend time on weights, since they come from the file."""
 
-    def standard_normal(self, shape, dtype=np.float32):
-        return np.zeros(shape, np.float32)
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
 
-    def uniform(self, low, high, shape):
-        return np.zeros(shape, np.float32)
+    def standard_normal(self, size=None, dtype=np.float32, out=None):
+        return np.zeros(size, np.float32)
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        return np.zeros(size, np.float32)
 
 
 def build_gpt2(config, held):
@@ -310,6 +314,8 @@ def build_gpt2(config, held):
     for module in model.modules():
         if isinstance(module, LayerNorm):
             module.eps = epsilon
+        elif isinstance(module, Dropout):
+            module.rng = None
     return model
 
 
@@ -338,10 +344,9 @@ def build_qwen2(config, held):
 
 def check_full_attention(config, layers):
     """Refuse Qwen2's sliding window where a layer would use one."""
-    kinds = config.get("layer_types", [])
-    from_layer = config.get("max_window_layers", 28)
-    slides = "sliding_attention" in kinds or (not kinds and from_layer < layers)
-    if config.flag("use_sliding_window", False) and config.get("sliding_window", 4096) and slides:
+    if not config.flag("use_sliding_window", False):
+        return
+    if "sliding_attention" in str(config.get("layer_types")) or config.whole("max_window_layers", 28) < layers:
         raise config.error("use_sliding_window is true; our model looks at all keys (lesson 22's window is a cache)")
 
 
@@ -358,10 +363,11 @@ def rope_of(config):
         given |= part
     theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in given.values()):
+    if not isinstance(kind, str) or kind not in ("default", "llama3") or any(isinstance(part, dict) for part in given.values()):
         raise config.error(f"rope_type is {kind!r} in {given}; our model has only 'default' and 'llama3'")
-    if (given | config.values).get("partial_rotary_factor", 1) != 1 or given.get("partial_rotary_factor", 1) != 1:
-        raise config.error("partial_rotary_factor is not 1; our model turns whole heads")
+    for share in (config.get("partial_rotary_factor", 1), given.get("partial_rotary_factor", 1)):
+        if share != 1:
+            raise config.error(f"partial_rotary_factor is {share!r}; our model turns whole heads")
     theta = config.checked_positive("rope_theta", theta)
     if kind == "default":
         return theta, None
