@@ -10,8 +10,9 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from tinytorch.generation.kv_cache import disable_kv_cache, enable_kv_cache  # noqa: E402
-from tinytorch.models.checkpoint import CheckpointError, load_checkpoint, read_safetensors, save_checkpoint  # noqa: E402
+from tinytorch.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint  # noqa: E402
 from tinytorch.models.llama import Llama  # noqa: E402
+from tinytorch.models.safetensors import read_safetensors  # noqa: E402
 from tinytorch.models.transformer import GPT  # noqa: E402
 
 V, L, S = 53, 3, 64

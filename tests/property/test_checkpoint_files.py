@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tinytorch.core import training
 from tinytorch.core.training import CheckpointError
-from tinytorch.models.checkpoint import load_checkpoint, read_safetensors, save_checkpoint
+from tinytorch.models.checkpoint import load_checkpoint, save_checkpoint
 from tinytorch.models.llama import Llama
+from tinytorch.models.safetensors import read_safetensors
 from tinytorch.models.transformer import GPT, MLP
 
 SCALED = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

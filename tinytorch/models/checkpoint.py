@@ -1,38 +1,31 @@
 """Models that the world runs, from their files and back: GPT-2, Llama 2 and 3, Qwen2 and Qwen2.5.
 
 Written by hand, not built from a lesson. A checkpoint is a directory with config.json and model.safetensors, or with
-shards that model.safetensors.index.json lists. The format is lesson 07's, and so are its checks; what is added here is
-bfloat16, the memory map, and the names. `gpt2_places` and `llama_places` are those names: each stands beside the
-memory of our weight, seen in their shape, so one table serves both ways. Pickle is never read.
+shards that model.safetensors.index.json lists. Pickle is never read.
 
-Every weight is copied once, from the map into the model's own memory. A float32 weight could stay a view of the file
-instead; but each number is read anyway, to see that it is finite, and a view dies with a file that is cut short later.
+Every weight is copied once, from the memory map into the model's own memory. A float32 weight could stay a view of the
+file instead; but each number is read anyway, to see that it is finite, and a view dies with a file that is cut later.
 """
 
 import json
 import math
 import os
-import re
 import shutil
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tinytorch.core import training
-from tinytorch.core.layers import Dropout
-from tinytorch.core.training import CheckpointError, entry_of, layout_problem, write_atomically
-from tinytorch.generation.kv_cache import original
-from tinytorch.models.llama import Llama
-from tinytorch.models.transformer import GPT, MLP, LayerNorm
+from tinytorch.core.training import CheckpointError, write_atomically
+from tinytorch.models.architectures import Config, config_of, family_of, places_of
+from tinytorch.models.safetensors import WEIGHTS, is_finite, read_index, read_safetensors
+from tinytorch.models.transformer import GPT
 
-__all__ = ["CheckpointError", "load_checkpoint", "read_safetensors", "save_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-WEIGHTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16: its 16 bits are half of a float32
-BUFFERS = re.compile(r".*\bh\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")  # masks and tables, no weights
 
 
 def load_checkpoint(path):
@@ -47,9 +40,11 @@ def load_checkpoint(path):
     stored = family.with_prefix(read_index(weights) if weights.name == INDEX else read_safetensors(weights))
     try:
         model = family.build(config, sum(math.prod(tensor.shape) for tensor in stored.values()))
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else config.error(str(error)) from error
-    fill(family.places(model), stored, weights, model.tie_weights and family.embedding)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # sizes that do not go together
+        raise config.error(str(error)) from error
+    fill(places_of(model), stored, weights, model.tie_weights and family.embedding)
     return model.eval()
 
 
@@ -62,14 +57,11 @@ def save_checkpoint(model, directory):
     """
     if not isinstance(model, GPT):
         raise CheckpointError(f"save_checkpoint writes a GPT or a Llama, got {type(model).__name__}")
-    config, places = (llama_config, llama_places) if isinstance(model, Llama) else (gpt2_config, gpt2_places)
-    config, arrays = config(model), {name: np.asarray(place, np.float32) for name, place in places(model).items()}
+    config, arrays = config_of(model), {name: np.asarray(place, np.float32) for name, place in places_of(model).items()}
     for name, array in arrays.items():
         if not is_finite(array):
             raise CheckpointError(f"{directory}: {name} of shape {array.shape} holds NaN or infinity; nothing was saved")
-    common = {"vocab_size": model.vocab_size, "tie_word_embeddings": model.head.weight is model.token_embedding.weight,
-              "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}  # fmt: skip
-    put_files(Path(directory).resolve(), {**config, **common}, arrays)
+    put_files(Path(directory).resolve(), config, arrays)
 
 
 def put_files(directory, config, arrays):
@@ -89,9 +81,6 @@ def put_files(directory, config, arrays):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# Files: where they are, and what their headers say
-
-
 def find_files(path):
     """(folder, file): where config.json lies, and the weights or their index."""
     if path.suffix in PICKLES:
@@ -108,100 +97,6 @@ def find_files(path):
         raise CheckpointError(f"{path} holds {pickles[0]}, a pickle, which can run any code, so it is never read, and no "
                               f"{WHOLE}. transformers' save_pretrained writes one")  # fmt: skip
     raise CheckpointError(f"{path} holds neither {WHOLE} nor {INDEX}")
-
-
-def read_json(path):
-    """The object in a JSON file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON, or damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} should hold an object, {{…}}, and holds a {type(values).__name__}")
-    return values
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a file: `data` are its bytes in the memory map."""
-
-    file: Path
-    code: str
-    shape: tuple
-    data: np.ndarray
-
-    def numbers(self):
-        """The map seen as numbers, without a copy; bfloat16 as its 16 bits."""
-        return self.data.view(WEIGHTS[self.code]).reshape(self.shape)
-
-    def copy_into(self, place):
-        """Write the numbers into a float32 array of the same shape."""
-        if self.code == "BF16":
-            place = place.view(np.uint32)
-            place[...] = self.numbers()
-            place <<= 16
-        else:
-            place[...] = self.numbers()
-
-
-def read_safetensors(path):
-    """Every tensor of a safetensors file by name, as Stored: the header is checked, and no number is read."""
-    size = path.stat().st_size
-    if size < 10:
-        raise CheckpointError(f"{path} is no safetensors file, or it is cut off: it has {size} bytes")
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if not 2 <= length <= size - 8:
-        raise CheckpointError(f"{path} is no safetensors file, or it is cut off: its header should have {length} bytes, "
-                              f"the file has {size}")  # fmt: skip
-    try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-        entries = {name: entry_of(entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or damaged: its header does not read ({error!r})") from None
-    data = data[8 + length :]
-    for name, (code, shape, _, end) in entries.items():
-        if end > len(data):
-            raise CheckpointError(f"{path}: {name}, {code} of shape {shape}, should end at byte {end}, and the file has "
-                                  f"{len(data)} after its header: it is cut off, or the header is wrong")  # fmt: skip
-    as_numpy = {name: (code.replace("BF16", "U16"), *rest) for name, (code, *rest) in entries.items()}
-    problem = layout_problem(as_numpy, len(data))
-    if problem:
-        raise CheckpointError(f"{path} is damaged: {problem}")
-    return {name: Stored(path, code, shape, data[begin:end]) for name, (code, shape, begin, end) in entries.items()}
-
-
-def read_index(path):
-    """Every tensor of the shards that an index lists, by name."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{path} needs a weight_map from names of tensors to names of files")
-    found = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        tensor = next(name for name, file in weight_map.items() if file == shard)
-        if re.search(r"[/\\:\0]", shard) or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: the shard of {tensor} is {shard!r}; it should be the name of a .safetensors "
-                                  "file in the same directory")  # fmt: skip
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path}: the shard {shard}, which should hold {tensor}, is missing")
-        tensors = read_safetensors(path.parent / shard)
-        for name in tensors:
-            if weight_map.get(name) != shard:
-                raise CheckpointError(f"{path.parent / shard} holds {name} of shape {tensors[name].shape}, which "
-                                      f"{path.name} does not look for there")  # fmt: skip
-        found |= tensors
-    for name, shard in weight_map.items():
-        if name not in found:
-            raise CheckpointError(f"{path.parent / shard} lacks {name}, which {path.name} looks for there")
-    return found
-
-
-def is_finite(array):
-    """No NaN, no infinity; without an array of booleans."""
-    with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0)))
 
 
 def fill(places, stored, weights, tied_to):
@@ -233,259 +128,3 @@ def fill(places, stored, weights, tied_to):
             index = tuple(np.argwhere(~np.isfinite(place))[0].tolist())
             raise CheckpointError(f"{stored[name].file}: {name} of shape {place.shape} is {place[index]} at {index}; "
                                   "a weight is a finite number")  # fmt: skip
-
-
-# Configurations: what a model is
-
-
-class Config:
-    """The values of config.json, checked as they are asked for; null is as good as absent."""
-
-    def __init__(self, path):
-        self.path, self.values = path, read_json(path)
-
-    def error(self, problem):
-        return CheckpointError(f"{self.path}: {problem}")
-
-    def get(self, name, default=None):
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def whole(self, name, default=None):
-        """A whole number, 1 or more."""
-        value = self.get(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(f"{name} should be a whole number, 1 or more, and is {value!r}")
-        return value
-
-    def positive(self, name, default=None):
-        """A number above 0."""
-        return self.checked_positive(name, self.get(name, default))
-
-    def checked_positive(self, name, value):
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(f"{name} should be a number above 0, and is {value!r}")
-        return value
-
-    def one_of(self, name, known, default):
-        """The value, if it is among those that our model computes."""
-        value = self.get(name, default)
-        if not any(type(value) is type(other) and value == other for other in known):
-            raise self.error(f"{name} is {value!r}; our model has only {', '.join(map(repr, known))}")
-        return value
-
-    def flag(self, name, default):
-        return self.one_of(name, (False, True), default)
-
-    def check_size(self, needed, held):
-        """Refuse sizes that are far beyond what the files hold, before they take the memory."""
-        if needed > 4 * held + 2**20:
-            raise self.error(f"it describes a model of more than {needed:,} numbers, and the files hold {held:,}")
-
-
-class Blank(np.random.Generator):
-    """A generator that does not spend time on weights, since they come from the file."""
-
-    def __init__(self):
-        super().__init__(np.random.PCG64(0))
-
-    def standard_normal(self, size=None, dtype=np.float32, out=None):
-        return np.zeros(size, np.float32)
-
-    def uniform(self, low=0.0, high=1.0, size=None):
-        return np.zeros(size, np.float32)
-
-
-def build_gpt2(config, held):
-    """A GPT of the sizes in config; `held` is how many numbers the files hold."""
-    vocab, embed_dim, layers = config.whole("vocab_size"), config.whole("n_embd"), config.whole("n_layer")
-    heads, length = config.whole("n_head"), config.whole("n_positions", config.get("n_ctx"))
-    inner = config.whole("n_inner", 4 * embed_dim)
-    config.one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
-    config.one_of("scale_attn_weights", (True,), True)
-    config.one_of("scale_attn_by_inverse_layer_idx", (False,), False)
-    config.one_of("add_cross_attention", (False,), False)
-    epsilon, tied = config.positive("layer_norm_epsilon", 1e-5), config.flag("tie_word_embeddings", True)
-    config.check_size(embed_dim * (vocab + length + layers * (4 * embed_dim + 2 * inner)), held)
-    model = GPT(vocab, embed_dim, layers, heads, length, tie_weights=tied, rng=Blank())
-    if inner != 4 * embed_dim:
-        for block in model.blocks:
-            block.mlp = MLP(embed_dim, inner, rng=Blank())
-    for module in model.modules():
-        if isinstance(module, LayerNorm):
-            module.eps = epsilon
-        elif isinstance(module, Dropout):
-            module.rng = None
-    return model
-
-
-def build_llama(config, held, qwen2=False):
-    """A Llama of the sizes in config; `held` is how many numbers the files hold."""
-    vocab, embed_dim, layers = config.whole("vocab_size"), config.whole("hidden_size"), config.whole("num_hidden_layers")
-    heads, hidden_dim = config.whole("num_attention_heads"), config.whole("intermediate_size")
-    kv_heads = config.whole("num_key_value_heads", heads)
-    head_dim = config.whole("head_dim") if config.get("head_dim") else None
-    config.one_of("hidden_act", ("silu",), "silu")
-    config.one_of("mlp_bias", (False,), False)
-    if qwen2:
-        check_full_attention(config, layers)
-    theta, scaling = rope_of(config)
-    bias = qwen2 or config.flag("attention_bias", False)
-    width = heads * head_dim if head_dim else embed_dim
-    config.check_size(embed_dim * (vocab + layers * (2 * width + 3 * hidden_dim)), held)
-    return Llama(vocab, embed_dim, layers, heads, config.whole("max_position_embeddings", 2048), kv_heads, head_dim,
-                 hidden_dim, theta, scaling, config.positive("rms_norm_eps", 1e-6), attention_bias=bias,
-                 out_bias=bias and not qwen2, tie_weights=config.flag("tie_word_embeddings", False), rng=Blank())
-
-
-def build_qwen2(config, held):
-    return build_llama(config, held, qwen2=True)
-
-
-def check_full_attention(config, layers):
-    """Refuse Qwen2's sliding window where a layer would use one."""
-    if not config.flag("use_sliding_window", False):
-        return
-    if "sliding_attention" in str(config.get("layer_types")) or config.whole("max_window_layers", 28) < layers:
-        raise config.error("use_sliding_window is true; our model looks at all keys (lesson 22's window is a cache)")
-
-
-SCALED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def rope_of(config):
-    """(theta, the four numbers of Llama 3 or None), from rope_parameters or from rope_theta and rope_scaling."""
-    given = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        part = config.get(name, {})
-        if not isinstance(part, dict):
-            raise config.error(f"{name} should be an object, {{…}}, and is {part!r}")
-        given |= part
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ("default", "llama3") or any(isinstance(part, dict) for part in given.values()):
-        raise config.error(f"rope_type is {kind!r} in {given}; our model has only 'default' and 'llama3'")
-    for share in (config.get("partial_rotary_factor", 1), given.get("partial_rotary_factor", 1)):
-        if share != 1:
-            raise config.error(f"partial_rotary_factor is {share!r}; our model turns whole heads")
-    theta = config.checked_positive("rope_theta", theta)
-    if kind == "default":
-        return theta, None
-    return theta, {name: config.checked_positive(f"{name} of rope_type 'llama3'", given.get(name)) for name in SCALED}
-
-
-# Names: theirs, each beside the memory of our weight in their shape
-
-
-def gpt2_places(model):
-    """GPT-2's names -> our arrays as GPT-2 sees them: a Conv1D keeps (in, out), our Linear (out, in)."""
-    places = {"transformer.wte.weight": model.token_embedding.weight.data,
-              "transformer.wpe.weight": original(model.position_embedding).weight.data}  # fmt: skip
-    for i, block in enumerate(model.blocks):
-        attention, start = original(block.attention), f"transformer.h.{i}."
-        for name, norm in (("ln_1", block.norm1), ("ln_2", block.norm2)):
-            places |= {f"{start}{name}.weight": norm.weight.data, f"{start}{name}.bias": norm.bias.data}
-        for name, linear in (("attn.c_attn", attention.qkv_proj), ("attn.c_proj", attention.out_proj),
-                             ("mlp.c_fc", block.mlp.up_proj), ("mlp.c_proj", block.mlp.down_proj)):  # fmt: skip
-            places |= {f"{start}{name}.weight": linear.weight.data.T, f"{start}{name}.bias": linear.bias.data}
-    norm = original(model.norm)
-    places |= {"transformer.ln_f.weight": norm.weight.data, "transformer.ln_f.bias": norm.bias.data}
-    return places | head_of(model)
-
-
-def llama_places(model):
-    """Llama's and Qwen2's names -> our arrays; queries, keys and values lie one below the other in one of ours."""
-    places = {"model.embed_tokens.weight": model.token_embedding.weight.data}
-    ends = np.cumsum([model.num_heads, model.num_kv_heads, model.num_kv_heads]) * model.head_dim
-    for i, block in enumerate(model.blocks):
-        attention, start = original(block.attention), f"model.layers.{i}."
-        places[f"{start}input_layernorm.weight"] = block.norm1.weight.data
-        places[f"{start}post_attention_layernorm.weight"] = block.norm2.weight.data
-        for kind, packed in (("weight", attention.qkv_proj.weight), ("bias", attention.qkv_proj.bias)):
-            parts = [] if packed is None else np.split(packed.data, ends[:-1])  # views
-            places |= {f"{start}self_attn.{part}_proj.{kind}": array for part, array in zip("qkv", parts)}
-        places[f"{start}self_attn.o_proj.weight"] = attention.out_proj.weight.data
-        if attention.out_proj.bias is not None:
-            places[f"{start}self_attn.o_proj.bias"] = attention.out_proj.bias.data
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            places[f"{start}mlp.{name}.weight"] = getattr(block.mlp, name).weight.data
-    places["model.norm.weight"] = original(model.norm).weight.data
-    return places | head_of(model)
-
-
-def head_of(model):
-    tied = model.head.weight is model.token_embedding.weight
-    return {} if tied else {"lm_head.weight": model.head.weight.data}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of models is built and named."""
-
-    build: callable
-    places: callable
-    prefix: str  # of every name but the head's; a bare base model has none
-    embedding: str
-
-    def with_prefix(self, stored):
-        """The weights by their full names, buffers left out."""
-        found = {}
-        for name, tensor in stored.items():
-            full = name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
-            if BUFFERS.fullmatch(name):
-                continue
-            if full in found:
-                raise CheckpointError(f"{tensor.file}: {name} of shape {tensor.shape} is there with and without "
-                                      f"{self.prefix!r} before it")  # fmt: skip
-            found[full] = tensor
-        return found
-
-
-FAMILIES = {
-    "gpt2": Family(build_gpt2, gpt2_places, "transformer.", "transformer.wte.weight"),
-    "llama": Family(build_llama, llama_places, "model.", "model.embed_tokens.weight"),
-    "qwen2": Family(build_qwen2, llama_places, "model.", "model.embed_tokens.weight"),
-}
-ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "GPT2Model": "gpt2", "LlamaForCausalLM": "llama", "LlamaModel": "llama",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2"}  # fmt: skip
-
-
-def family_of(config):
-    """The family by `architectures`, or where that is absent by `model_type`."""
-    named, kind = config.get("architectures"), config.get("model_type")
-    kind = ARCHITECTURES.get(str(named[0])) if isinstance(named, list) and named else kind
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise config.error(f"unknown architecture {named or config.get('model_type')!r}; known are "
-                           f"{', '.join(ARCHITECTURES)}")  # fmt: skip
-    return FAMILIES[kind]
-
-
-def gpt2_config(model):
-    """What GPT-2's config.json says of our model."""
-    if model.num_kv_heads != model.num_heads:
-        raise CheckpointError(f"GPT-2 has a key head per query head; this GPT has {model.num_kv_heads} for "
-                              f"{model.num_heads}, so no file of transformers holds it")  # fmt: skip
-    dropout = {name: model.dropout.p for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": model.embed_dim,
-            "n_layer": model.num_layers, "n_head": model.num_heads, "n_positions": model.max_seq_len,
-            "n_inner": model.blocks[0].mlp.up_proj.weight.shape[0], "activation_function": "gelu_new",
-            "layer_norm_epsilon": original(model.norm).eps, **dropout}  # fmt: skip
-
-
-def llama_config(model):
-    """What Llama's or Qwen2's config.json says of our model."""
-    block, rotary = model.blocks[0], original(model.position_embedding)
-    attention = original(block.attention)
-    bias, out_bias = attention.qkv_proj.bias is not None, attention.out_proj.bias is not None
-    if out_bias and not bias:
-        raise CheckpointError("a bias behind the heads alone (out_bias without attention_bias) is neither Llama nor Qwen2")
-    family = ("Qwen2ForCausalLM", "qwen2") if bias and not out_bias else ("LlamaForCausalLM", "llama")
-    scaling = {"rope_type": "default"} if rotary.scaling is None else {"rope_type": "llama3", **rotary.scaling}
-    own = {} if family[1] == "qwen2" else {"attention_bias": bias, "mlp_bias": False}
-    return {"architectures": [family[0]], "model_type": family[1], "hidden_size": model.embed_dim,
-            "intermediate_size": block.mlp.up_proj.weight.shape[0], "num_hidden_layers": model.num_layers,
-            "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads,
-            "head_dim": model.head_dim, "max_position_embeddings": model.max_seq_len, "rms_norm_eps": original(model.norm).eps,
-            "hidden_act": "silu", "rope_parameters": {**scaling, "rope_theta": rotary.theta},
-            "rope_theta": rotary.theta, "rope_scaling": None if rotary.scaling is None else scaling,  # transformers 4
-            **own}  # fmt: skip

@@ -15,7 +15,13 @@ from tito.course.errors import CourseError
 
 INDEX = Path("modules") / "index.json"
 # folders and files of the package that are built from no lesson
-UNTAUGHT = ("tinytorch/viewer", "tinytorch/demo", "tinytorch/models/checkpoint.py")
+UNTAUGHT = (
+    "tinytorch/viewer",
+    "tinytorch/demo",
+    "tinytorch/models/architectures.py",
+    "tinytorch/models/checkpoint.py",
+    "tinytorch/models/safetensors.py",
+)
 
 
 @dataclass(frozen=True)
