@@ -374,3 +374,5 @@ def test_no_pickle_ever(folder, tmp_path):
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "model.safetensors")
     refused(tmp_path / "nowhere", "nowhere")
+    save_checkpoint(random_model("gpt2"), tmp_path / "named.pt")  # a directory may be called as it likes
+    assert load_checkpoint(tmp_path / "named.pt")(IDS).shape == (2, 5, 11)

@@ -83,7 +83,7 @@ def put_files(directory, config, arrays):
 
 def find_files(path):
     """(folder, file): where config.json lies, and the weights or their index."""
-    if path.suffix in PICKLES:
+    if path.suffix in PICKLES and not path.is_dir():
         raise CheckpointError(f"{path} is a pickle, which can run any code, so it is never read: safetensors is")
     if path.is_file() and path.suffix == ".safetensors":
         return path.parent, path
