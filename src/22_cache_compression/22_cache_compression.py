@@ -54,9 +54,10 @@ from tinytorch.generation.kv_cache import (
     KVView,
     LayerKVCache,
     check_chunk,
+    check_row,
     check_tokens,
     kv_cache_bytes,
-    per_row,
+    lengths_to_keep,
     prefill,
     random_gpt,
     slot_positions,
@@ -1897,17 +1898,13 @@ class QuantizedKVCache:
 
     def get_kv(self, row):
         """Keys and values of one row, (H, len, D) each, float32 and the caller's own."""
-        if whole_number("row", row, least=0) >= self.batch_size:
-            raise ValueError(f"row {row} is beyond the last, {self.batch_size - 1}")
+        row = check_row(row, self.batch_size)
         return tuple(part.read([self._lengths[row]], slice(row, row + 1))[0] for part in (self._keys, self._values))
 
     def truncate(self, lengths):
         """Keep only the first tokens of each row; they read as before. A group that is cut waits for new tokens, and
         is frozen anew, from the numbers that were read, when it is whole again."""
-        kept = per_row("lengths", lengths, self.batch_size)
-        for row, (keep, have) in enumerate(zip(kept, self._lengths)):
-            if keep > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+        kept = lengths_to_keep(lengths, self._lengths)
         self._keys.forget(kept, self._lengths)
         self._values.forget(kept, self._lengths)
         self._lengths = kept

@@ -18,6 +18,8 @@ __all__ = [
     "whole_number",
     "storage_dtype",
     "per_row",
+    "lengths_to_keep",
+    "check_row",
     "check_tokens",
     "check_chunk",
     "KVCacheConfig",
@@ -254,6 +256,22 @@ def per_row(name, value, batch_size):
     if len(values) != batch_size:
         raise ValueError(f"{name} needs one number for each of the {batch_size} rows, got {len(values)}")
     return [whole_number(name, number, least=0) for number in values]
+
+
+def lengths_to_keep(lengths, stored):
+    """One length per row, none of them longer than what the row has stored, as a list."""
+    kept = per_row("lengths", lengths, len(stored))
+    for row, (have, keep) in enumerate(zip(stored, kept)):
+        if keep > have:
+            raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+    return kept
+
+
+def check_row(row, batch_size):
+    """`row` as an int from 0 to batch_size - 1, or a ValueError."""
+    if whole_number("row", row, least=0) >= batch_size:
+        raise ValueError(f"row {row} is beyond the last, {batch_size - 1}")
+    return int(row)
 
 
 def check_tokens(name, tokens, batch_size, num_heads, head_dim, dtype):
@@ -544,10 +562,8 @@ class CacheRows:
 
     def truncate(self, lengths):
         """Keep only the first tokens of each row; one length for all rows, or one per row."""
-        stored, kept = self._ledger.lengths, per_row("lengths", lengths, self.batch_size)
-        for row, (have, keep) in enumerate(zip(stored, kept)):
-            if keep > have:
-                raise ValueError(f"row {row} holds {have} tokens: it cannot be cut to {keep}")
+        stored = self._ledger.lengths
+        kept = lengths_to_keep(lengths, stored)
         self._forget(kept, stored)  # first: a cache that cannot forget these says so here, and nothing has changed
         self.abandon()
         self._ledger.lengths = kept
@@ -1062,8 +1078,7 @@ class LayerKVCache:
 
     def get_kv(self, row):
         """Keys and values of one row: (H, len, D) each, read-only views."""
-        if whole_number("row", row, least=0) >= self.batch_size:
-            raise ValueError(f"row {row} is beyond the last, {self.batch_size - 1}")
+        row = check_row(row, self.batch_size)
         views = [array[row, :, : self.row_lengths()[row]] for array in (self.k_cache, self.v_cache)]
         for view in views:
             view.flags.writeable = False
