@@ -35,6 +35,7 @@ import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -769,6 +770,12 @@ class KVStore:
 
 # %%
 #| export
+@lru_cache(maxsize=4)
+def for_all_layers(function, *arguments):
+    """The array function(*arguments), computed once for all layers of a pass. Copy it before it is handed out."""
+    return np.asarray(function(*arguments))
+
+
 class CacheDoor:
     """What may be asked of a cache, and what it refuses, before anything changes.
 
@@ -801,7 +808,12 @@ class CacheDoor:
     def positions(self, n_new, seq_len=None):
         """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
         n_new = per_row("n_new", n_new, self.batch_size)
-        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
+        return for_all_layers(next_positions, tuple(self._ledger.lengths), tuple(n_new),
+                              max(n_new) if seq_len is None else seq_len).copy()
+
+    def _slots(self, lengths):
+        """slot_positions(lengths)."""
+        return for_all_layers(slot_positions, tuple(lengths)).copy()
 
     def advance(self):
         """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
@@ -935,7 +947,7 @@ The cache itself is one forward pass, and its first two bodies are yours.
 `update` is handed valid arrays: `_accept` has refused the rest, and has claimed the layer in the ledger. Write the
 keys and the values of *this* layer, `self._store[layer_idx, 0]` and `[layer_idx, 1]`, behind what each row has stored.
 Return a `KVView` of stored **and** new tokens, for the newest token must see itself: `self._read(layer_idx, S)` gives
-the two Tensors, `slot_positions` the positions.
+the two Tensors, and `self._slots(lengths)` is `slot_positions`, computed once for all layers of a pass.
 
 `reset` makes the cache as new: no bytes, no lengths, nothing pending. `self._ledger` is the cache's CacheLedger.
 """
@@ -990,7 +1002,7 @@ class KVCache(KVStore, CacheDoor, CacheRows):
         write_tokens(self._store[layer_idx, 0], key, stored, n_new)
         write_tokens(self._store[layer_idx, 1], value, stored, n_new)
         visible = [length + count for length, count in zip(stored, n_new)]
-        return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
+        return KVView(*self._read(layer_idx, max(visible)), self._slots(visible))
         ### END SOLUTION
 
     def reset(self):

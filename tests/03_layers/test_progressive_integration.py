@@ -88,6 +88,19 @@ class TestLinear:
         assert layer(Tensor([[1, 2, 3]])).dtype == np.float32
         assert linear_array(np.ones((1, 3)), np.ones((2, 3)), np.ones(2)).dtype == np.float64
 
+    @pytest.mark.parametrize("dtype, rtol", [(np.float32, 1e-5), (np.float64, 1e-13)])
+    @pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 16, 64, 65, 200])
+    def test_any_number_of_rows(self, count, dtype, rtol):
+        """The product goes other ways for few rows; here also with a weight that is a view, columns apart."""
+        rng = np.random.default_rng(count)
+        rows, wide = rng.standard_normal((count, 24)).astype(dtype), rng.standard_normal((40, 48)).astype(dtype)
+        for weight in (wide[:, :24].copy(), wide[:, ::2], wide[:24].T[:, :24]):
+            expected = np.array([[math.fsum(row * column) for column in weight.astype(np.float64)]
+                                 for row in rows.astype(np.float64)]).reshape(count, len(weight))
+            y = linear_array(rows, weight)
+            assert y.shape == (count, len(weight)) and y.dtype == dtype
+            np.testing.assert_allclose(y, expected, rtol=rtol, atol=10 * rtol)
+
     @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (3, 2)])
     def test_wrong_input_is_named(self, shape):
         with pytest.raises(ValueError, match="in_features=3"):

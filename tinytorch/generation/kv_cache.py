@@ -26,6 +26,7 @@ __all__ = [
     "KNOWN_MODELS",
     "FIRST_SLOTS",
     "KVStore",
+    "for_all_layers",
     "CacheDoor",
     "CacheRows",
     "KVView",
@@ -67,6 +68,7 @@ import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -447,6 +449,12 @@ class KVStore:
 
 
 # %% cell 33
+@lru_cache(maxsize=4)
+def for_all_layers(function, *arguments):
+    """The array function(*arguments), computed once for all layers of a pass. Copy it before it is handed out."""
+    return np.asarray(function(*arguments))
+
+
 class CacheDoor:
     """What may be asked of a cache, and what it refuses, before anything changes.
 
@@ -479,7 +487,12 @@ class CacheDoor:
     def positions(self, n_new, seq_len=None):
         """The positions (B, T) of the next tokens. n_new: a number, or one per row of a chunk padded to seq_len."""
         n_new = per_row("n_new", n_new, self.batch_size)
-        return next_positions(self._ledger.lengths, n_new, max(n_new) if seq_len is None else seq_len)
+        return for_all_layers(next_positions, tuple(self._ledger.lengths), tuple(n_new),
+                              max(n_new) if seq_len is None else seq_len).copy()
+
+    def _slots(self, lengths):
+        """slot_positions(lengths)."""
+        return for_all_layers(slot_positions, tuple(lengths)).copy()
 
     def advance(self):
         """Commit what is pending. A layer that was skipped reads as zeros; strict=True refuses the skip."""
@@ -655,7 +668,7 @@ class KVCache(KVStore, CacheDoor, CacheRows):
         write_tokens(self._store[layer_idx, 0], key, stored, n_new)
         write_tokens(self._store[layer_idx, 1], value, stored, n_new)
         visible = [length + count for length, count in zip(stored, n_new)]
-        return KVView(*self._read(layer_idx, max(visible)), slot_positions(visible))
+        return KVView(*self._read(layer_idx, max(visible)), self._slots(visible))
 
     def reset(self):
         """Empty again: no bytes, no lengths, nothing pending."""
