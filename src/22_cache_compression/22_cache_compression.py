@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinytorch.core.attention import visible_mask
+from tinytorch.core.attention import as_visible, fold_groups, masked_softmax_array, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.losses import cross_entropy
 from tinytorch.core.tensor import Tensor
@@ -1793,7 +1793,8 @@ class GroupedTokens:
         """All that is stored, by name: units of codes, scale and low, and what is waiting."""
         return {name: getattr(self, name) for name in ("codes", "scale", "low", "waiting")}
 
-    def _units(self):
+    def units(self):
+        """What frozen units are made of: codes, scale and low."""
         return self.codes, self.scale, self.low
 
     def append(self, new, lengths, n_new):
@@ -1809,20 +1810,23 @@ class GroupedTokens:
             self._wait(row, rest)
 
     def _freeze(self, rows, units, first, count):
-        for array, new in zip(self._units(), self.form.encode(units)):
+        for array, new in zip(self.units(), self.form.encode(units)):
             write_tokens(array[rows], new, first, count)
 
     def _wait(self, row, tokens):
         self.waiting[row, :, : tokens.shape[1]] = tokens
         self.waiting[row, :, tokens.shape[1] :] = 0
 
-    def read(self, lengths, rows=slice(None)):
-        """All tokens of the rows that `lengths` belong to: (B, H, longest, D) float32, zero where a row is shorter."""
+    def read(self, lengths, rows=slice(None), waiting=None):
+        """All tokens of the rows that `lengths` belong to: (B, H, longest, D) float32, zero where a row is shorter.
+
+        waiting: a copy of those that waited when the rows had these lengths, if they have been given more since.
+        """
         num_units, tokens = max(lengths) // self.form.tokens, self.form.tokens
-        frozen = self.form.decode(*(array[rows, :, :num_units] for array in self._units()))
+        frozen = self.form.decode(*(array[rows, :, :num_units] for array in self.units()))
         if tokens == 1:
             return frozen
-        waiting, shape = self.waiting[rows], frozen.shape
+        waiting, shape = self.waiting[rows] if waiting is None else waiting, frozen.shape
         x = np.zeros((*shape[:2], max(lengths), shape[3]), np.float32)
         x[:, :, : shape[2]] = frozen
         for row, length in enumerate(lengths):
@@ -1835,10 +1839,10 @@ class GroupedTokens:
         for row, (keep, have) in enumerate(zip(kept, stored)):
             (first, left), last = divmod(keep, tokens), have // tokens
             if first < last and left:
-                rest = self.form.decode(*(array[row, :, first : first + 1] for array in self._units()))[:, :left]
+                rest = self.form.decode(*(array[row, :, first : first + 1] for array in self.units()))[:, :left]
             else:
                 rest = self.waiting[row, :, :left].copy()
-            for array in self._units():
+            for array in self.units():
                 array[row, :, first:last] = 0
             if keep < have:
                 self._wait(row, rest)
@@ -2071,16 +2075,193 @@ place of the 6 that were printed for 4 bits in groups of 32.)
 """
 ## 13. Fewer bits in a model
 
-The same for a model: one block of bytes for all layers. New tokens are kept aside during their pass, so attention sees
-the chunk exactly as it came, and the past as it was stored. At the commit it is quantised.
+Now for a model. To decode all that is stored, at every layer and for every new token, costs more than attention itself.
+Must we? A key is `low + codes * scale`, so its dot product with a query is
+
+    query . key  =  low * sum(query)  +  scale * (query . codes)
+
+with one `low` and one `scale` per key: they can be multiplied into the finished scores, (T, S) numbers instead of
+(S, D). Codes still have to become float32, for BLAS knows no other; but that is a copy into memory that is used again
+and again, and no arithmetic.
+
+*Predict.* One query, 1024 keys of 64 numbers in groups of 32. How many multiplications by a scale does decoding take?
+How many does folding into the scores take?
 """
+
+# %% nbgrader={"grade": false, "grade_id": "22-predict-fold", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# predicted_decoding = ...
+# predicted_folding = ...
+### BEGIN SOLUTION
+predicted_decoding = 1024 * 64
+predicted_folding = 1024 * 2
+### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "22-predict-fold-test", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+def test_unit_predict_fold():
+    """Oracle: the sizes of the arrays that are multiplied."""
+    keys, scores = np.zeros((1024, 64)), np.zeros((2, 1, 1024))  # one score per group, query and key
+    assert predicted_decoding == keys.size, f"got {predicted_decoding}, expected {keys.size}: every number of every key"
+    assert predicted_folding == scores.size, (
+        f"got {predicted_folding}, expected {scores.size}: each key has two groups, each with its own scale")
+
+
+if __name__ == "__main__":
+    test_unit_predict_fold()
+
+# %% [markdown]
+"""
+Given: the scores of keys in token groups, and of keys in channel groups, where `scale` and `low` belong to a channel of
+the whole group and go into the query. Yours: the values. What comes out is a sum of values with the weights of the
+softmax, and a value is `low + codes * scale`, with one `low` and one `scale` per value. Where does each go?
+
+    output[d]  =  sum over s of  weights[s] * (low[s] + codes[s, d] * scale[s])
+"""
+
+# %% nbgrader={"grade": false, "grade_id": "22-mix-codes", "locked": false, "schema_version": 3, "solution": true, "task": false}
+#| export
+def score_codes(query, codes, scale, low):
+    """query @ key.T for keys low + codes * scale: query (..., T, D), codes (..., S, D), scale, low (..., S) -> (..., T, S).
+
+    >>> score_codes(np.ones((1, 2)), np.array([[0.0, 3], [1, 1]]), np.array([10.0, 1]), np.array([0.0, 5]))
+    array([[30., 12.]])
+    """
+    scores = query @ codes.swapaxes(-1, -2)
+    scores *= scale[..., None, :]
+    scores += np.add.reduce(query, axis=-1, keepdims=True) * low[..., None, :]
+    return scores
+
+
+def score_channels(query, codes, scale, low):
+    """The same for channel groups: codes (..., N, G, D), scale and low (..., N, D) -> (..., T, N * G)."""
+    scaled = query[..., None, :, :] * scale[..., None, :]  # (..., N, T, D)
+    scores = codes @ scaled.swapaxes(-1, -2)  # (..., N, G, T)
+    scores += (low @ query.swapaxes(-1, -2))[..., None, :]
+    return scores.reshape(*query.shape[:-2], codes.shape[-3] * codes.shape[-2], query.shape[-2]).swapaxes(-1, -2)
+
+
+def mix_codes(weights, codes, scale, low):
+    """weights @ value for values low + codes * scale: weights (..., T, S), codes (..., S, D), scale, low (..., S) -> (..., T, D).
+
+    >>> mix_codes(np.array([[0.5, 0.25]]), np.array([[0.0, 4], [1, 1]]), np.array([1.0, 8]), np.array([0.0, 4]))
+    array([[3., 5.]])
+    """
+    ### BEGIN SOLUTION
+    mixed = (weights * scale[..., None, :]) @ codes
+    mixed += weights @ low[..., :, None]
+    return mixed
+    ### END SOLUTION
+
+# %% nbgrader={"grade": true, "grade_id": "22-mix-codes-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+def test_unit_mix_codes(shape=(2, 3, 4, 5), seed=0):
+    """Oracle: the values are decoded first, in float64, and mixed one by one."""
+    rng = np.random.default_rng(seed)
+    batch, num_weights, num_values, dim = shape
+    weights = rng.random((batch, num_weights, num_values), np.float32)
+    codes = rng.integers(0, 256, (batch, num_values, dim)).astype(np.float32)
+    scale, low = rng.random((2, batch, num_values), np.float32)
+    given = [array.copy() for array in (weights, codes, scale, low)]
+    expected = np.zeros((batch, num_weights, dim))
+    for b in range(batch):
+        for s in range(num_values):
+            value = low[b, s].astype(np.float64) + codes[b, s] * scale[b, s].astype(np.float64)
+            expected[b] += weights[b, :, s, None] * value
+    lowless = expected - np.einsum("bts,bs->bt", weights, low)[..., None]
+    got = mix_codes(weights, codes, scale, low)
+    assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}: one row per row of weights"
+    assert got.dtype == np.float32, f"got {got.dtype}, expected float32, as all that came in"
+    hint = "; low is missing" if np.allclose(got, lowless, rtol=1e-4) else "; each value has its own scale and low"
+    for name, old, new in zip(("weights", "codes", "scale", "low"), given, (weights, codes, scale, low)):
+        assert np.array_equal(old, new), f"{name} was changed: the caller needs it again"
+    assert np.allclose(got, expected, rtol=1e-4), f"got {got[0, 0]}, decoding gives {expected[0, 0]}{hint}"
+
+
+if __name__ == "__main__":
+    test_unit_mix_codes()
+
+### BEGIN HIDDEN TESTS
+if __name__ == "__main__":
+    test_unit_mix_codes(shape=(1, 1, 9, 9), seed=1)
+    test_unit_mix_codes(shape=(3, 2, 0, 4), seed=2)
+### END HIDDEN TESTS
+
+# %% [markdown]
+"""
+The cache of a model keeps one block of bytes for all layers. New tokens are kept aside during their pass, so attention
+sees the chunk exactly as it came, and the past as it was stored. At the commit it is quantised.
+
+`update` hands out `CodedTensor`s, which are decoded only if somebody asks for their `data`. Our attention does not: it
+calls the cache's `attend`, which scores and mixes the codes.
+"""
+
+# %%
+#| export
+class CodedTensor(Tensor):
+    """Keys or values of one layer, (B, H, S + T, D): S past tokens as they are stored, and T new ones, as they came.
+
+    `data` decodes them, once, if somebody asks. buffer: room for the codes of one layer in float32.
+    """
+
+    _decoded = None
+
+    def __init__(self, part, lengths, new, buffer):
+        self.part, self.lengths, self.new, self.buffer = part, lengths, new, buffer
+        self.waiting = part.waiting.copy()  # frozen units stay as they are; these change with the next commit
+
+    @property
+    def data(self):
+        if self._decoded is None:
+            past = self.part.read(self.lengths, waiting=self.waiting)
+            for row, length in enumerate(self.lengths):
+                past[row, :, length:] = 0  # a shorter row may have been given more since
+            self._decoded = np.concatenate([past, self.new], axis=2)
+        return self._decoded
+
+    def _codes(self):
+        """Codes as float32 in the buffer, scale and low: (B, H, units, ...)."""
+        form, num_units = self.part.form, max(self.lengths) // self.part.form.tokens
+        codes, *scale_and_low = (array[:, :, :num_units] for array in self.part.units())
+        codes = unpack(codes, form.bits, math.prod(form.unit[0]))
+        numbers = self.buffer[: codes.size].reshape(codes.shape)
+        np.copyto(numbers, codes)
+        return numbers, *scale_and_low
+
+    def _by_group(self):
+        """The same for token groups, each group like a head of its own: (B, H, groups, S, numbers), (B, H, groups, S)."""
+        codes, *scale_and_low = self._codes()
+        codes = codes.reshape(*codes.shape[:3], *self.part.form.unit[0]).swapaxes(2, 3)
+        return codes, *(array.swapaxes(2, 3) for array in scale_and_low)
+
+    def scores(self, query):
+        """query (B, H, T', D) @ the keys, transposed: (B, H, T', S + T)."""
+        past, form = max(self.lengths), self.part.form
+        scores = np.zeros((*query.shape[:-1], past + self.new.shape[2]), np.float32)
+        scores[..., past:] = query @ self.new.swapaxes(-1, -2)
+        if form.axis == "token":
+            grouped = query.reshape(*query.shape[:3], *form.unit[0]).swapaxes(2, 3)  # (B, H, groups, T', numbers)
+            np.add.reduce(score_codes(grouped, *self._by_group()), axis=2, out=scores[..., :past])
+            return scores
+        codes, scale, low = self._codes()
+        frozen = score_channels(query, codes.reshape(*codes.shape[:3], *form.unit[0]), scale, low)
+        scores[..., : frozen.shape[-1]] = frozen
+        for row, length in enumerate(self.lengths):
+            waiting = self.waiting[row, :, : length % form.tokens]
+            scores[row, ..., length - waiting.shape[1] : length] = query[row] @ waiting.swapaxes(-1, -2)
+        return scores
+
+    def mixed(self, weights):
+        """weights (B, H, T', S + T) @ the values: (B, H, T', D)."""
+        past, new = np.split(weights, [max(self.lengths)], axis=-1)
+        grouped = mix_codes(past[:, :, None], *self._by_group()).swapaxes(2, 3)  # (B, H, T', groups, numbers)
+        return grouped.reshape(*past.shape[:-1], -1) + new @ self.new
+
 
 # %%
 #| export
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
-    What it hands out is float32. truncate and rollback cut frozen groups: what is left of one reads as before, waits,
+    What it hands out is float32; attention works in a buffer of one layer's keys in float32, which nbytes does not count.
+    truncate and rollback cut frozen groups: what is left of one reads as before, waits,
     and is frozen anew, from the numbers that were read, when the group is whole again.
 
     >>> from tinytorch.generation.kv_cache import enable_kv_cache
@@ -2120,6 +2301,7 @@ class QuantizedModelKVCache(PendingKVCache):
              for form, part in zip(self._formats, np.split(block, [key_bytes]))]
             for block in self._store
         ]
+        self._buffer = np.empty(self.batch_size * self.num_heads * num_slots * self.head_dim, np.float32)
 
     def savings_vs_fp32(self):
         """How many times as many bytes float32 would take, for as many tokens."""
@@ -2148,6 +2330,28 @@ class QuantizedModelKVCache(PendingKVCache):
                 if state[path][row, :, waiting if name == "waiting" else units :].any():
                     return f"{path} holds numbers beyond the {length} tokens of row {row}"
         return None
+
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; key and value of the view are CodedTensors, whose numbers stay what they are until tokens are
+        forgotten or rows reordered."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        self._pending[layer_idx] = key, value = key.copy(), value.copy()
+        lengths = self._ledger.lengths
+        pos = np.concatenate([self._slots(lengths), self.positions(n_new, key.shape[2])], axis=1)
+        key, value = (CodedTensor(part, lengths, new, self._buffer)
+                      for part, new in zip(self._layers[layer_idx], (key, value)))
+        return KVView(key, value, pos)
+
+    def attend(self, query, key, value, visible):
+        """scaled_dot_product_attention of query (B, H, T, D) over what update returned, without decoding it."""
+        query = query.data
+        rows = fold_groups(query * (1 / math.sqrt(self.head_dim)), key.new)  # (B, H_kv, G * T, D)
+        with self._lock:  # for the buffer
+            scores = key.scores(rows).reshape(*query.shape[:-1], -1)
+            weights = masked_softmax_array(scores, as_visible(visible, scores.shape))
+            mixed = value.mixed(fold_groups(weights, key.new))
+        return Tensor(mixed.reshape(query.shape), dtype=self.dtype)
 
     def _resident(self, layer_idx):
         lengths = self._ledger.lengths
@@ -2787,7 +2991,8 @@ def test_module():
         test_unit_view, test_unit_ring, test_unit_chunk, test_unit_rollback, test_unit_predict_window,
         test_unit_window, test_unit_renumber, test_unit_received, test_unit_evict, test_unit_heavy,
         test_unit_predict_bits, test_unit_quantize, test_unit_pack, test_unit_quantized_bytes, test_unit_groups,
-        test_unit_quantized_cache, test_unit_outliers, test_unit_quantized_model,
+        test_unit_quantized_cache, test_unit_outliers, test_unit_predict_fold, test_unit_mix_codes,
+        test_unit_quantized_model,
         test_unit_predict_file, test_unit_state, test_unit_state_problem, test_unit_saved, test_unit_offloaded,
         test_scenario,
     ):

@@ -7,6 +7,7 @@ chunkings are in tests/property/test_quantized.py.
 import numpy as np
 import pytest
 
+from tinytorch.core.attention import MultiHeadAttention
 from tinytorch.core.tensor import Tensor
 from tinytorch.generation.cache_compression import (
     QuantizedKVCache,
@@ -329,6 +330,70 @@ class TestInAModel:
         np.testing.assert_array_equal(cache.get(0)[0].data, past[0])
         cache.abandon()
         np.testing.assert_array_equal(cache.get(0)[0].data, past[0])
+
+    @every_format
+    @pytest.mark.parametrize("query_heads", [H, 2 * H])
+    def test_attention_on_codes_is_attention_over_what_they_stand_for(self, bits, axis, query_heads):
+        """Against loops in float64 over `get` and the new chunk, each query over the keys that its mask shows."""
+        cache, (k, v), (k2, v2) = model_cache(bits, axis), tokens(6), tokens(3, seed=1)
+        store(cache, k, v, [6, 3])
+        past = [part.data.copy() for part in cache.get(1)]
+        key, value = (np.concatenate([old, new], axis=2).astype(np.float64) for old, new in zip(past, (k2, v2)))
+        query = np.random.default_rng(2).standard_normal((B, query_heads, 3, D), dtype=np.float32)
+        visible = np.random.default_rng(3).random((B, 3, 9)) < 0.7
+        visible[:, :, 6], visible[1, :, 3:6] = True, False  # one key at least; not what row 1 does not hold
+        view = cache.update(1, k2, v2)
+        got = cache.attend(Tensor(query), view.key, view.value, visible)
+        assert got.shape == (B, query_heads, 3, D) and got.dtype == np.float32
+        for b, h, t in np.ndindex(B, query_heads, 3):
+            shown = visible[b, t]
+            scores = key[b, h * H // query_heads, shown] @ query[b, h, t] / np.sqrt(D)
+            weights = np.exp(scores - scores.max())
+            expected = weights @ value[b, h * H // query_heads, shown] / weights.sum()
+            np.testing.assert_allclose(got.data[b, h, t], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("axis", ["token", "channel"])
+    def test_a_decoding_model_decodes_no_keys(self, axis, monkeypatch):
+        model = random_gpt()
+        cache = enable_kv_cache(model, factory=QuantizedModelKVCache, key_axis=axis, group_size=4)
+        model(np.arange(9)[None])
+        expected = [part.data for part in cache.get(0)]
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{QuantizedModelKVCache.__module__}.dequantize", None)
+            model(np.array([[9]]))
+        cache.rollback(1)
+        for part, old in zip(cache.get(0), expected):
+            np.testing.assert_array_equal(part.data, old)
+
+    @pytest.mark.parametrize("axis", ["token", "channel"])
+    def test_a_view_that_is_read_late_shows_what_it_showed(self, axis):
+        cache = model_cache(axis=axis)
+        store(cache, *tokens(6), [6, 2])
+        early, late = cache.update(0, *tokens(1, seed=1)), cache.update(1, *tokens(1, seed=1))
+        shown = [part.data.copy() for part in early[:2]]
+        cache.abandon()
+        again = cache.update(0, *tokens(1, seed=1))
+        cache.advance()
+        store(cache, *tokens(5, seed=4))  # groups are frozen, and row 1 reaches the slots that were empty
+        for part, expected in zip(again[:2], shown):
+            assert part.shape == expected.shape
+            np.testing.assert_array_equal(part.data, expected)
+        assert late.key.shape == (B, H, 7, D)
+
+    def test_an_attention_of_another_kind_reads_numbers(self, monkeypatch):
+        """`attend` of the cache is for lesson 12's formula: a model's own is not passed over."""
+        model, seen = random_gpt(), []
+
+        class Other(MultiHeadAttention):
+            def attend(self, query, key, value, visible=None):
+                seen.append(key.data.shape)
+                return super().attend(query, key, value, visible)
+
+        for block in model.blocks:
+            block.attention.__class__ = Other
+        enable_kv_cache(model, factory=QuantizedModelKVCache)
+        model(np.arange(5)[None])
+        assert seen == [(1, 2, 5, 8)] * 3
 
     @every_format
     def test_rollback_into_a_frozen_group_keeps_what_stays_bitwise(self, bits, axis):

@@ -30,6 +30,10 @@ __all__ = [
     "QuantizedKVCache",
     "outlier_keys",
     "key_error",
+    "score_codes",
+    "score_channels",
+    "mix_codes",
+    "CodedTensor",
     "QuantizedModelKVCache",
     "cache_state",
     "state_problem",
@@ -61,7 +65,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinytorch.core.attention import visible_mask
+from tinytorch.core.attention import as_visible, fold_groups, masked_softmax_array, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.losses import cross_entropy
 from tinytorch.core.tensor import Tensor
@@ -761,7 +765,8 @@ class GroupedTokens:
         """All that is stored, by name: units of codes, scale and low, and what is waiting."""
         return {name: getattr(self, name) for name in ("codes", "scale", "low", "waiting")}
 
-    def _units(self):
+    def units(self):
+        """What frozen units are made of: codes, scale and low."""
         return self.codes, self.scale, self.low
 
     def append(self, new, lengths, n_new):
@@ -777,20 +782,23 @@ class GroupedTokens:
             self._wait(row, rest)
 
     def _freeze(self, rows, units, first, count):
-        for array, new in zip(self._units(), self.form.encode(units)):
+        for array, new in zip(self.units(), self.form.encode(units)):
             write_tokens(array[rows], new, first, count)
 
     def _wait(self, row, tokens):
         self.waiting[row, :, : tokens.shape[1]] = tokens
         self.waiting[row, :, tokens.shape[1] :] = 0
 
-    def read(self, lengths, rows=slice(None)):
-        """All tokens of the rows that `lengths` belong to: (B, H, longest, D) float32, zero where a row is shorter."""
+    def read(self, lengths, rows=slice(None), waiting=None):
+        """All tokens of the rows that `lengths` belong to: (B, H, longest, D) float32, zero where a row is shorter.
+
+        waiting: a copy of those that waited when the rows had these lengths, if they have been given more since.
+        """
         num_units, tokens = max(lengths) // self.form.tokens, self.form.tokens
-        frozen = self.form.decode(*(array[rows, :, :num_units] for array in self._units()))
+        frozen = self.form.decode(*(array[rows, :, :num_units] for array in self.units()))
         if tokens == 1:
             return frozen
-        waiting, shape = self.waiting[rows], frozen.shape
+        waiting, shape = self.waiting[rows] if waiting is None else waiting, frozen.shape
         x = np.zeros((*shape[:2], max(lengths), shape[3]), np.float32)
         x[:, :, : shape[2]] = frozen
         for row, length in enumerate(lengths):
@@ -803,10 +811,10 @@ class GroupedTokens:
         for row, (keep, have) in enumerate(zip(kept, stored)):
             (first, left), last = divmod(keep, tokens), have // tokens
             if first < last and left:
-                rest = self.form.decode(*(array[row, :, first : first + 1] for array in self._units()))[:, :left]
+                rest = self.form.decode(*(array[row, :, first : first + 1] for array in self.units()))[:, :left]
             else:
                 rest = self.waiting[row, :, :left].copy()
-            for array in self._units():
+            for array in self.units():
                 array[row, :, first:last] = 0
             if keep < have:
                 self._wait(row, rest)
@@ -909,11 +917,105 @@ def key_error(key, value, bits, key_axis, group_size=32):
     return float(np.abs(cache.get_kv(0)[0] - key[0]).mean())
 
 
-# %% cell 92
+# %% cell 95 (22-mix-codes)
+def score_codes(query, codes, scale, low):
+    """query @ key.T for keys low + codes * scale: query (..., T, D), codes (..., S, D), scale, low (..., S) -> (..., T, S).
+
+    >>> score_codes(np.ones((1, 2)), np.array([[0.0, 3], [1, 1]]), np.array([10.0, 1]), np.array([0.0, 5]))
+    array([[30., 12.]])
+    """
+    scores = query @ codes.swapaxes(-1, -2)
+    scores *= scale[..., None, :]
+    scores += np.add.reduce(query, axis=-1, keepdims=True) * low[..., None, :]
+    return scores
+
+
+def score_channels(query, codes, scale, low):
+    """The same for channel groups: codes (..., N, G, D), scale and low (..., N, D) -> (..., T, N * G)."""
+    scaled = query[..., None, :, :] * scale[..., None, :]  # (..., N, T, D)
+    scores = codes @ scaled.swapaxes(-1, -2)  # (..., N, G, T)
+    scores += (low @ query.swapaxes(-1, -2))[..., None, :]
+    return scores.reshape(*query.shape[:-2], codes.shape[-3] * codes.shape[-2], query.shape[-2]).swapaxes(-1, -2)
+
+
+def mix_codes(weights, codes, scale, low):
+    """weights @ value for values low + codes * scale: weights (..., T, S), codes (..., S, D), scale, low (..., S) -> (..., T, D).
+
+    >>> mix_codes(np.array([[0.5, 0.25]]), np.array([[0.0, 4], [1, 1]]), np.array([1.0, 8]), np.array([0.0, 4]))
+    array([[3., 5.]])
+    """
+    mixed = (weights * scale[..., None, :]) @ codes
+    mixed += weights @ low[..., :, None]
+    return mixed
+
+
+# %% cell 98
+class CodedTensor(Tensor):
+    """Keys or values of one layer, (B, H, S + T, D): S past tokens as they are stored, and T new ones, as they came.
+
+    `data` decodes them, once, if somebody asks. buffer: room for the codes of one layer in float32.
+    """
+
+    _decoded = None
+
+    def __init__(self, part, lengths, new, buffer):
+        self.part, self.lengths, self.new, self.buffer = part, lengths, new, buffer
+        self.waiting = part.waiting.copy()  # frozen units stay as they are; these change with the next commit
+
+    @property
+    def data(self):
+        if self._decoded is None:
+            past = self.part.read(self.lengths, waiting=self.waiting)
+            for row, length in enumerate(self.lengths):
+                past[row, :, length:] = 0  # a shorter row may have been given more since
+            self._decoded = np.concatenate([past, self.new], axis=2)
+        return self._decoded
+
+    def _codes(self):
+        """Codes as float32 in the buffer, scale and low: (B, H, units, ...)."""
+        form, num_units = self.part.form, max(self.lengths) // self.part.form.tokens
+        codes, *scale_and_low = (array[:, :, :num_units] for array in self.part.units())
+        codes = unpack(codes, form.bits, math.prod(form.unit[0]))
+        numbers = self.buffer[: codes.size].reshape(codes.shape)
+        np.copyto(numbers, codes)
+        return numbers, *scale_and_low
+
+    def _by_group(self):
+        """The same for token groups, each group like a head of its own: (B, H, groups, S, numbers), (B, H, groups, S)."""
+        codes, *scale_and_low = self._codes()
+        codes = codes.reshape(*codes.shape[:3], *self.part.form.unit[0]).swapaxes(2, 3)
+        return codes, *(array.swapaxes(2, 3) for array in scale_and_low)
+
+    def scores(self, query):
+        """query (B, H, T', D) @ the keys, transposed: (B, H, T', S + T)."""
+        past, form = max(self.lengths), self.part.form
+        scores = np.zeros((*query.shape[:-1], past + self.new.shape[2]), np.float32)
+        scores[..., past:] = query @ self.new.swapaxes(-1, -2)
+        if form.axis == "token":
+            grouped = query.reshape(*query.shape[:3], *form.unit[0]).swapaxes(2, 3)  # (B, H, groups, T', numbers)
+            np.add.reduce(score_codes(grouped, *self._by_group()), axis=2, out=scores[..., :past])
+            return scores
+        codes, scale, low = self._codes()
+        frozen = score_channels(query, codes.reshape(*codes.shape[:3], *form.unit[0]), scale, low)
+        scores[..., : frozen.shape[-1]] = frozen
+        for row, length in enumerate(self.lengths):
+            waiting = self.waiting[row, :, : length % form.tokens]
+            scores[row, ..., length - waiting.shape[1] : length] = query[row] @ waiting.swapaxes(-1, -2)
+        return scores
+
+    def mixed(self, weights):
+        """weights (B, H, T', S + T) @ the values: (B, H, T', D)."""
+        past, new = np.split(weights, [max(self.lengths)], axis=-1)
+        grouped = mix_codes(past[:, :, None], *self._by_group()).swapaxes(2, 3)  # (B, H, T', groups, numbers)
+        return grouped.reshape(*past.shape[:-1], -1) + new @ self.new
+
+
+# %% cell 99
 class QuantizedModelKVCache(PendingKVCache):
     """A KV cache in 8, 4 or 2 bits for all layers of a model: see QuantizedKVCache for bits, key_axis, group_size.
 
-    What it hands out is float32. truncate and rollback cut frozen groups: what is left of one reads as before, waits,
+    What it hands out is float32; attention works in a buffer of one layer's keys in float32, which nbytes does not count.
+    truncate and rollback cut frozen groups: what is left of one reads as before, waits,
     and is frozen anew, from the numbers that were read, when the group is whole again.
 
     >>> from tinytorch.generation.kv_cache import enable_kv_cache
@@ -953,6 +1055,7 @@ class QuantizedModelKVCache(PendingKVCache):
              for form, part in zip(self._formats, np.split(block, [key_bytes]))]
             for block in self._store
         ]
+        self._buffer = np.empty(self.batch_size * self.num_heads * num_slots * self.head_dim, np.float32)
 
     def savings_vs_fp32(self):
         """How many times as many bytes float32 would take, for as many tokens."""
@@ -982,6 +1085,28 @@ class QuantizedModelKVCache(PendingKVCache):
                     return f"{path} holds numbers beyond the {length} tokens of row {row}"
         return None
 
+    def update(self, layer_idx, key, value, n_new=None):
+        """As in KVCache; key and value of the view are CodedTensors, whose numbers stay what they are until tokens are
+        forgotten or rows reordered."""
+        with self._lock:
+            layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
+        self._pending[layer_idx] = key, value = key.copy(), value.copy()
+        lengths = self._ledger.lengths
+        pos = np.concatenate([self._slots(lengths), self.positions(n_new, key.shape[2])], axis=1)
+        key, value = (CodedTensor(part, lengths, new, self._buffer)
+                      for part, new in zip(self._layers[layer_idx], (key, value)))
+        return KVView(key, value, pos)
+
+    def attend(self, query, key, value, visible):
+        """scaled_dot_product_attention of query (B, H, T, D) over what update returned, without decoding it."""
+        query = query.data
+        rows = fold_groups(query * (1 / math.sqrt(self.head_dim)), key.new)  # (B, H_kv, G * T, D)
+        with self._lock:  # for the buffer
+            scores = key.scores(rows).reshape(*query.shape[:-1], -1)
+            weights = masked_softmax_array(scores, as_visible(visible, scores.shape))
+            mixed = value.mixed(fold_groups(weights, key.new))
+        return Tensor(mixed.reshape(query.shape), dtype=self.dtype)
+
     def _resident(self, layer_idx):
         lengths = self._ledger.lengths
         return *(part.read(lengths) for part in self._layers[layer_idx]), slot_positions(lengths)
@@ -999,7 +1124,7 @@ class QuantizedModelKVCache(PendingKVCache):
             part.gather(rows)
 
 
-# %% cell 98 (22-state)
+# %% cell 105 (22-state)
 def cache_state(cache):
     """All that a cache needs to go on, as copies: {"key", "value": (L, B, H_kv, S, D), "lengths": (B,) int64}.
 
@@ -1019,7 +1144,7 @@ def cache_state(cache):
     }
 
 
-# %% cell 101 (22-state-problem)
+# %% cell 108 (22-state-problem)
 def state_problem(state, cache):
     """Why this cache cannot take that state, as a sentence that names the array; None if it can. Changes nothing."""
     lengths, rows = state.get("lengths", np.zeros(0)), cache.batch_size
@@ -1050,7 +1175,7 @@ def state_layout(cache, longest):
     return {"key": (shape, cache.dtype), "value": (shape, cache.dtype)}
 
 
-# %% cell 105
+# %% cell 112
 TOKENS = "tokens as they came"
 
 
@@ -1073,7 +1198,7 @@ def save_cache(cache, path):
     save_checkpoint(path, cache_state(cache), notes)
 
 
-# %% cell 106
+# %% cell 113
 def cache_for(state, metadata, path):
     """An empty KVCache of the sizes that a file of tokens names."""
     kind = metadata.get("kind", TOKENS)
@@ -1121,7 +1246,7 @@ def load_cache(path, cache=None):
     return cache
 
 
-# %% cell 110
+# %% cell 117
 def take_bytes(file, num_bytes):
     """Take this many bytes of disk, as zeros, now: OSError if they are not there."""
     if hasattr(os, "posix_fallocate"):
@@ -1165,7 +1290,7 @@ class OffloadedKVCache(KVCache):
         return {**super()._options(), "folder": self._folder}
 
 
-# %% cell 116
+# %% cell 123
 class CacheReport(NamedTuple):
     """What one cache cost: bytes, largest error of a logit, perplexity, seconds for a step of one token per row."""
 

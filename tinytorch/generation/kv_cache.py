@@ -73,7 +73,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinytorch.core.attention import attention_weights, scaled_dot_product_attention, visible_mask
+from tinytorch.core.attention import MultiHeadAttention, attention_weights, scaled_dot_product_attention, visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.layers import Module
 from tinytorch.core.tensor import Tensor, cat, default_rng
@@ -458,7 +458,7 @@ def for_all_layers(function, *arguments):
 class CacheDoor:
     """What may be asked of a cache, and what it refuses, before anything changes.
 
-    A member may define `window`, `sinks` and `observe`, and these hooks:
+    A member may define `window`, `sinks`, `observe` and `attend`, and these hooks:
 
         _open_pass(lengths)  before a pass writes anything, with what each row will hold: to find room, or to refuse
         _keep_pass()         when a pass is committed: to put its tokens where they belong
@@ -468,6 +468,7 @@ class CacheDoor:
 
     window, sinks = None, 0  # what visible_mask asks for; lesson 22 slides a window
     observe = None  # observe(layer_idx, weights): lesson 22 evicts what is not looked at
+    attend = None  # attend(query, key, value, visible): lessons 22 and 23 attend to what they store, as it is stored
 
     @property
     def seq_lens(self):
@@ -754,9 +755,12 @@ class CachedAttention(StandIn):
         return self.part.project(x, positions) if getattr(self.part, "rotary", False) else self.part.project(x)
 
     def attend(self, query, key, value, visible):
-        """The attention's own; a cache that evicts what nobody looks at (lesson 22) is told who looked where."""
+        """The attention's own, or the cache's where it has one for lesson 12's formula; a cache that evicts what nobody
+        looks at (lesson 22) is told who looked where."""
         if self.cache.observe is not None:
             self.cache.observe(self.layer_idx, attention_weights(query, key, visible).numpy())
+        if self.cache.attend is not None and type(self.part).attend is MultiHeadAttention.attend:
+            return self.cache.attend(query, key, value, visible)
         return self.part.attend(query, key, value, visible)
 
 
