@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinytorch.core.attention import as_visible, attention_weights_array, mix_values_array
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor, default_rng
 from tinytorch.generation.kv_cache import (
@@ -885,44 +886,50 @@ if __name__ == "__main__":
 """
 ## 7. The arrays
 
-The store knows no sequences. One layer's keys and values are (2, H_kv, num_blocks, block_size, D): heads before
+The store knows no sequences. One layer's keys, and its values, are (H_kv, num_blocks, block_size, D): heads before
 blocks, so that the blocks of one head lie in one piece. To write is to index the slots. To read is to *gather*, because
 attention wants a row's keys side by side. One head, blocks of 2, D = 1, rows with tables [3, 0] and [1, 1]:
 
     blocks      0: a b    1: c d    2: e f    3: g h
     gathered    row 0: g h a b      row 1: c d c d
 
-`np.take(layer, tables, axis=...)` puts the blocks of all rows side by side: tables is (B, n), and takes the place of the
-axis. What is missing then: two axes become one (n blocks of block_size tokens), and rows come before heads.
+`np.take(blocks, tables, axis=..., out=out, mode="clip")` puts the blocks of all rows side by side: tables is (B, n), and
+takes the place of the axis. What is missing then: two axes become one (n blocks of block_size tokens), and rows come
+before heads. `out` is memory to write into, or None for new memory; with `mode="clip"` NumPy writes there at once.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "23-gather", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
-def gather(layer, tables):
-    """One layer through block tables: (2, H_kv, num_blocks, block_size, D), (B, n) -> (2, B, H_kv, n*block_size, D)."""
-    num_heads, head_dim = layer.shape[1], layer.shape[4]
+def gather(blocks, tables, out=None):
+    """A layer's keys, or values, in order: (H_kv, num_blocks, block_size, D), tables (B, n) -> (B, H_kv, n*block_size, D).
+
+    out (H_kv, B, n, block_size, D): memory for them, in the place of new memory.
+    """
+    num_heads, head_dim = blocks.shape[0], blocks.shape[3]
     ### BEGIN SOLUTION
-    blocks = np.take(layer, tables, axis=2)  # (2, H_kv, B, n, block_size, D)
-    return blocks.reshape(2, num_heads, len(tables), -1, head_dim).swapaxes(1, 2)
+    taken = np.take(blocks, tables, axis=1, out=out, mode="clip")  # (H_kv, B, n, block_size, D)
+    return taken.reshape(num_heads, len(tables), -1, head_dim).swapaxes(0, 1)
     ### END SOLUTION
 
 # %% nbgrader={"grade": true, "grade_id": "23-gather-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_gather(tables=((3, 0, 2), (1, 1, 4)), num_heads=3, block_size=2, head_dim=4):
     """Oracle: block by block, copied in a loop."""
-    shape = (2, num_heads, 5, block_size, head_dim)
-    layer = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    got = gather(layer, np.array(tables))
-    expected = np.zeros((2, len(tables), num_heads, len(tables[0]) * block_size, head_dim), np.float32)
+    shape, (num_rows, num_tables) = (num_heads, 5, block_size, head_dim), np.shape(tables)
+    blocks = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    out = np.full((num_heads, num_rows, num_tables, block_size, head_dim), -1, np.float32)
+    expected = np.zeros((num_rows, num_heads, num_tables * block_size, head_dim), np.float32)
     for row, table in enumerate(tables):
         for place, block in enumerate(table):
-            expected[:, row, :, place * block_size : (place + 1) * block_size] = layer[:, :, block]
-    assert got.shape == expected.shape, (
-        f"got shape {got.shape}, expected (2, B, H_kv, n*block_size, D) = {expected.shape}")
-    assert got.dtype == np.float32, f"got {got.dtype}, expected float32"
-    wrong = np.argwhere((got != expected).any(axis=(0, 2, 4))).tolist()
-    assert not wrong, (
-        f"[row, position] {wrong[:4]}... hold other tokens than the table says: are the blocks in the table's order? "
-        "Are heads and rows exchanged, not only renamed?")
+            expected[row, :, place * block_size : (place + 1) * block_size] = blocks[:, block]
+    for got in (gather(blocks, np.array(tables)), gather(blocks, np.array(tables), out)):
+        assert got.shape == expected.shape, (
+            f"got shape {got.shape}, expected (B, H_kv, n*block_size, D) = {expected.shape}")
+        assert got.dtype == np.float32, f"got {got.dtype}, expected float32"
+        wrong = np.argwhere((got != expected).any(axis=(1, 3))).tolist()
+        assert not wrong, (
+            f"[row, position] {wrong[:4]}... hold other tokens than the table says: are the blocks in the table's order? "
+            "Are heads and rows exchanged, not only renamed?")
+    assert np.shares_memory(got, out), "the numbers are not in `out`: hand it on to np.take"
 
 
 if __name__ == "__main__":
@@ -968,10 +975,6 @@ class BlockStore:
     def clear(self, layer_idx, slots):
         """Zeros into n slots of one layer."""
         self._slots[layer_idx][:, :, slots] = 0
-
-    def read(self, layer_idx, tables):
-        """Keys and values of one layer through tables (B, n), a copy: (2, B, H_kv, n * block_size, D)."""
-        return gather(self.array[layer_idx], tables)
 
     def copy(self, pairs):
         """Copy whole blocks, (source, target) each, in every layer."""
@@ -1108,7 +1111,7 @@ class PagedKVCache(PagedPool):
     def get_kv(self, seq):
         """Keys and values of a sequence, (H, len, D) each; copies."""
         table, length = np.array([self.tables.table(seq)], int), self.seq_len(seq)
-        key, value = self.store.read(0, table)[:, 0, :, :length]
+        key, value = (gather(blocks, table)[0, :, :length] for blocks in self.store.array[0])
         return key, value
 
     def _checked(self, name, tokens):
@@ -1193,7 +1196,7 @@ class PagedModelKVCache(PagedPool):
     def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, *,
                  dtype=np.float32, strict=False, tracker=None):
         super().__init__(num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, dtype, tracker)
-        self.strict, self.lock = bool(strict), threading.Lock()
+        self.strict, self.lock, self.buffer = bool(strict), threading.Lock(), Buffer(self.dtype)
 
     def rows(self, seqs, tokens=None):
         """Some sequences as the rows of a batch. tokens: per row, the ids that the next pass will bring."""
@@ -1247,21 +1250,73 @@ class OpenPass(NamedTuple):
 
 # %%
 #| export
+class GatheredTensor(Tensor):
+    """Keys or values of one layer, (B, H_kv, S, D), behind block tables (B, n); `data` gathers a copy if somebody asks.
+
+    blocks (H_kv, num_blocks, block_size, D); lengths: tokens per row, zeros follow in shorter rows.
+    """
+
+    _gathered = None
+
+    def __init__(self, blocks, tables, lengths):
+        self.blocks, self.tables, self.lengths = blocks, tables, lengths
+
+    @property
+    def data(self):
+        if self._gathered is None:
+            self._gathered = self.gathered(None)
+            for row, length in enumerate(self.lengths):
+                self._gathered[row, :, length:] = 0
+            self._gathered.flags.writeable = False
+        return self._gathered
+
+    def gathered(self, buffer):
+        """The numbers, in memory that is used again or (None) in new memory; beyond a row's length they mean nothing."""
+        num_heads, _, block_size, head_dim = self.blocks.shape
+        out = None if buffer is None else buffer.shaped((num_heads, *self.tables.shape, block_size, head_dim))
+        return gather(self.blocks, self.tables, out)[:, :, : max(self.lengths)]
+
+
+class Buffer:
+    """Memory that is used again: to ask the system for a large array, page by page, costs as much as to fill it."""
+
+    def __init__(self, dtype):
+        self._flat = np.empty(0, dtype)
+
+    def shaped(self, shape):
+        """An array of this shape, with whatever numbers are left there."""
+        size = math.prod(shape)
+        if size > self._flat.size:
+            self._flat = np.empty(2 * size, self._flat.dtype)
+        return self._flat[:size].reshape(shape)
+
+
+# %%
+#| export
 class PagedPass(CacheDoor):
     """What the rows of a pool do in a pass: open it, write, read, and keep or drop what was written."""
 
     def update(self, layer_idx, key, value, n_new=None):
-        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        """As in KVCache; the view is gathered through the tables when it is read, so read it before the pass ends."""
         with self._lock:
             layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
         now = self._open
         key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
         self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), now.positions)
+        return KVView(*self._through(layer_idx, now.tables, now.visible), now.positions)
+
+    def attend(self, query, key, value, visible):
+        """scaled_dot_product_attention of query (B, H, T, D) over what update returned, in the pool's buffer."""
+        with self._lock:  # for the buffer
+            keys = key.gathered(self.pool.buffer)
+            visible = as_visible(visible, (*query.shape[:-1], keys.shape[2]))
+            weights = attention_weights_array(query.data, keys, visible)
+            return Tensor(mix_values_array(weights, value.gathered(self.pool.buffer)), dtype=self.dtype)
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+        pair = self._through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+        return tuple(Tensor(part.data, dtype=self.dtype) for part in pair)
 
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
@@ -1314,14 +1369,9 @@ class PagedPass(CacheDoor):
         longest = max(map(len, tables))
         return np.array([table + [0] * (longest - len(table)) for table in tables], int)
 
-    def _read_through(self, layer_idx, tables, lengths):
-        longest = max(lengths)
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, :longest]  # (2, B, H_kv, S, D)
-        for row, length in enumerate(lengths):
-            if length < longest:
-                both[:, row, :, length:] = 0
-        both.flags.writeable = False
-        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+    def _through(self, layer_idx, tables, lengths):
+        return tuple(GatheredTensor(blocks, tables, lengths) for blocks in self.pool.store.array[layer_idx])
+
 
 # %%
 #| export

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tinytorch.core.attention import visible_mask
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor
 from tinytorch.generation import paged
@@ -66,8 +67,7 @@ def test_arithmetic_at_the_edges():
     for holders in range(1, 5):
         assert must_copy([9] * holders, {9: holders}) == [True] * (holders - 1) + [False]
         assert must_copy([9] * holders, {9: holders + 1}) == [True] * holders
-    layer = np.arange(2 * 2 * 3 * 2 * 1.0).reshape(2, 2, 3, 2, 1)
-    assert gather(layer, np.zeros((2, 0), int)).shape == (2, 2, 2, 0, 1)
+    assert gather(np.zeros((2, 3, 2, 1)), np.zeros((2, 0), int)).shape == (2, 2, 0, 1)
 
 
 class TestSequences:
@@ -470,6 +470,35 @@ class TestRows:
         logits = run(model, pool.rows(seqs), [[7], [8]])
         np.testing.assert_allclose(logits[1, 0], alone(model, [4, 5, 6, 8]), atol=1e-4)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_attention_in_the_pool_s_buffer_is_attention_over_what_the_view_shows(self, dtype):
+        """Loops in float64; rows of different length, two query heads per key head, a buffer that larger rows used."""
+        cache = paged_kv_cache(2, 24, 2, 2, 8, block_size=2, dtype=dtype)
+        k, v = chunk(2, 7)
+        for layer in range(2):
+            cache.update(layer, k, v, n_new=[7, 2])
+        cache.advance()
+        query = np.random.default_rng(2).standard_normal((2, 4, 3, 8)).astype(dtype)
+        k2, v2 = chunk(2, 3, seed=1)
+        key, value, pos = cache.update(0, k2, v2)
+        visible = visible_mask(cache.positions(3), pos)
+        got = cache.attend(Tensor(query, dtype=dtype), key, value, visible)
+        keys, values = key.data, value.data
+        assert got.shape == (2, 4, 3, 8) and got.dtype == dtype and keys.shape == (2, 2, 10, 8)
+        for row, stored in enumerate((7, 2)):
+            expected = np.concatenate([k[row, :, :stored], k2[row]], axis=1)
+            np.testing.assert_array_equal(keys[row, :, : stored + 3], expected.astype(dtype))
+            assert not keys[row, :, stored + 3 :].any()
+            for head, t in np.ndindex(4, 3):
+                shown = stored + t + 1
+                scores = keys[row, head // 2, :shown].astype(float) @ query[row, head, t] / np.sqrt(8)
+                weights = np.exp(scores - scores.max())
+                expected = weights @ values[row, head // 2, :shown] / weights.sum()
+                np.testing.assert_allclose(got.data[row, head, t], expected, rtol=1e-5, atol=1e-6)
+        again = cache.attend(Tensor(query, dtype=dtype), key, value, visible)
+        np.testing.assert_array_equal(again.data, got.data)
+        assert np.shares_memory(cache.pool.buffer.shaped((5,)), cache.pool.buffer.shaped((9,)))
+
     def test_an_interrupt_after_the_bytes_were_written_changes_nothing(self, monkeypatch):
         cache = paged_kv_cache(2, 8, 2, 2, 8, block_size=2)
         k, v = chunk(2, 3)
@@ -481,7 +510,7 @@ class TestRows:
         def interrupted(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(BlockStore, "read", interrupted)
+        monkeypatch.setattr(PagedRows, "_through", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.update(0, *chunk(2, 2, seed=1))
         monkeypatch.undo()

@@ -29,6 +29,8 @@ __all__ = [
     "PagedModelKVCache",
     "TableLedger",
     "OpenPass",
+    "GatheredTensor",
+    "Buffer",
     "PagedPass",
     "PagedRows",
     "paged_kv_cache",
@@ -56,6 +58,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinytorch.core.attention import as_visible, attention_weights_array, mix_values_array
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor, default_rng
 from tinytorch.generation.kv_cache import (
@@ -417,11 +420,14 @@ class BlockTables(PassBook):
 
 
 # %% cell 37 (23-gather)
-def gather(layer, tables):
-    """One layer through block tables: (2, H_kv, num_blocks, block_size, D), (B, n) -> (2, B, H_kv, n*block_size, D)."""
-    num_heads, head_dim = layer.shape[1], layer.shape[4]
-    blocks = np.take(layer, tables, axis=2)  # (2, H_kv, B, n, block_size, D)
-    return blocks.reshape(2, num_heads, len(tables), -1, head_dim).swapaxes(1, 2)
+def gather(blocks, tables, out=None):
+    """A layer's keys, or values, in order: (H_kv, num_blocks, block_size, D), tables (B, n) -> (B, H_kv, n*block_size, D).
+
+    out (H_kv, B, n, block_size, D): memory for them, in the place of new memory.
+    """
+    num_heads, head_dim = blocks.shape[0], blocks.shape[3]
+    taken = np.take(blocks, tables, axis=1, out=out, mode="clip")  # (H_kv, B, n, block_size, D)
+    return taken.reshape(num_heads, len(tables), -1, head_dim).swapaxes(0, 1)
 
 
 # %% cell 40
@@ -451,10 +457,6 @@ class BlockStore:
     def clear(self, layer_idx, slots):
         """Zeros into n slots of one layer."""
         self._slots[layer_idx][:, :, slots] = 0
-
-    def read(self, layer_idx, tables):
-        """Keys and values of one layer through tables (B, n), a copy: (2, B, H_kv, n * block_size, D)."""
-        return gather(self.array[layer_idx], tables)
 
     def copy(self, pairs):
         """Copy whole blocks, (source, target) each, in every layer."""
@@ -583,7 +585,7 @@ class PagedKVCache(PagedPool):
     def get_kv(self, seq):
         """Keys and values of a sequence, (H, len, D) each; copies."""
         table, length = np.array([self.tables.table(seq)], int), self.seq_len(seq)
-        key, value = self.store.read(0, table)[:, 0, :, :length]
+        key, value = (gather(blocks, table)[0, :, :length] for blocks in self.store.array[0])
         return key, value
 
     def _checked(self, name, tokens):
@@ -603,7 +605,7 @@ class PagedModelKVCache(PagedPool):
     def __init__(self, num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, *,
                  dtype=np.float32, strict=False, tracker=None):
         super().__init__(num_blocks, block_size, num_layers, num_heads, head_dim, max_seqs, dtype, tracker)
-        self.strict, self.lock = bool(strict), threading.Lock()
+        self.strict, self.lock, self.buffer = bool(strict), threading.Lock(), Buffer(self.dtype)
 
     def rows(self, seqs, tokens=None):
         """Some sequences as the rows of a batch. tokens: per row, the ids that the next pass will bring."""
@@ -657,21 +659,72 @@ class OpenPass(NamedTuple):
 
 
 # %% cell 48
+class GatheredTensor(Tensor):
+    """Keys or values of one layer, (B, H_kv, S, D), behind block tables (B, n); `data` gathers a copy if somebody asks.
+
+    blocks (H_kv, num_blocks, block_size, D); lengths: tokens per row, zeros follow in shorter rows.
+    """
+
+    _gathered = None
+
+    def __init__(self, blocks, tables, lengths):
+        self.blocks, self.tables, self.lengths = blocks, tables, lengths
+
+    @property
+    def data(self):
+        if self._gathered is None:
+            self._gathered = self.gathered(None)
+            for row, length in enumerate(self.lengths):
+                self._gathered[row, :, length:] = 0
+            self._gathered.flags.writeable = False
+        return self._gathered
+
+    def gathered(self, buffer):
+        """The numbers, in memory that is used again or (None) in new memory; beyond a row's length they mean nothing."""
+        num_heads, _, block_size, head_dim = self.blocks.shape
+        out = None if buffer is None else buffer.shaped((num_heads, *self.tables.shape, block_size, head_dim))
+        return gather(self.blocks, self.tables, out)[:, :, : max(self.lengths)]
+
+
+class Buffer:
+    """Memory that is used again: to ask the system for a large array, page by page, costs as much as to fill it."""
+
+    def __init__(self, dtype):
+        self._flat = np.empty(0, dtype)
+
+    def shaped(self, shape):
+        """An array of this shape, with whatever numbers are left there."""
+        size = math.prod(shape)
+        if size > self._flat.size:
+            self._flat = np.empty(2 * size, self._flat.dtype)
+        return self._flat[:size].reshape(shape)
+
+
+# %% cell 49
 class PagedPass(CacheDoor):
     """What the rows of a pool do in a pass: open it, write, read, and keep or drop what was written."""
 
     def update(self, layer_idx, key, value, n_new=None):
-        """As in KVCache; the view is gathered through the tables, so it is a copy and stays what it was."""
+        """As in KVCache; the view is gathered through the tables when it is read, so read it before the pass ends."""
         with self._lock:
             layer_idx, key, value, n_new = self._accept(layer_idx, key, value, n_new)
         now = self._open
         key, value = (part.swapaxes(0, 1)[:, now.rows, now.steps] for part in (key, value))  # (H_kv, n, D)
         self.pool.store.write(layer_idx, now.slots, key, value)
-        return KVView(*self._read_through(layer_idx, now.tables, now.visible), now.positions)
+        return KVView(*self._through(layer_idx, now.tables, now.visible), now.positions)
+
+    def attend(self, query, key, value, visible):
+        """scaled_dot_product_attention of query (B, H, T, D) over what update returned, in the pool's buffer."""
+        with self._lock:  # for the buffer
+            keys = key.gathered(self.pool.buffer)
+            visible = as_visible(visible, (*query.shape[:-1], keys.shape[2]))
+            weights = attention_weights_array(query.data, keys, visible)
+            return Tensor(mix_values_array(weights, value.gathered(self.pool.buffer)), dtype=self.dtype)
 
     def get(self, layer_idx):
         """Committed keys and values of one layer, (B, H_kv, seq_pos, D) each, as copies; empty slots are zero."""
-        return self._read_through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+        pair = self._through(self._layer(layer_idx), self._tables(pending=False), self.seq_lens)
+        return tuple(Tensor(part.data, dtype=self.dtype) for part in pair)
 
     def abandon(self):
         """Drop what is pending: the pass that wrote it has failed. Its blocks are free again."""
@@ -724,17 +777,11 @@ class PagedPass(CacheDoor):
         longest = max(map(len, tables))
         return np.array([table + [0] * (longest - len(table)) for table in tables], int)
 
-    def _read_through(self, layer_idx, tables, lengths):
-        longest = max(lengths)
-        both = self.pool.store.read(layer_idx, tables)[:, :, :, :longest]  # (2, B, H_kv, S, D)
-        for row, length in enumerate(lengths):
-            if length < longest:
-                both[:, row, :, length:] = 0
-        both.flags.writeable = False
-        return Tensor(both[0], dtype=self.dtype), Tensor(both[1], dtype=self.dtype)
+    def _through(self, layer_idx, tables, lengths):
+        return tuple(GatheredTensor(blocks, tables, lengths) for blocks in self.pool.store.array[layer_idx])
 
 
-# %% cell 49
+# %% cell 50
 class PagedRows(PagedPass, CacheRows):
     """Sequences of a pool as the rows of a batch: the contract of every cache. Cheap: made anew for every pass.
 
@@ -810,7 +857,7 @@ class PagedRows(PagedPass, CacheRows):
             seen.add(source)
 
 
-# %% cell 50
+# %% cell 51
 def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, block_size=16, num_blocks=None,
                    dtype=np.float32, strict=False, tracker=None):
     """A paged cache for a batch, with a pool of its own: a factory for enable_kv_cache.
@@ -826,7 +873,7 @@ def paged_kv_cache(batch_size, max_seq_len, num_layers, num_heads, head_dim, *, 
     return PagedRows(pool, seqs, max_seq_len=max_seq_len, owns_pool=True)
 
 
-# %% cell 67
+# %% cell 68
 @dataclass(eq=False)
 class Request:
     """What a client asks for, and what the Scheduler makes of it.
@@ -853,7 +900,7 @@ class Request:
     rng: Any = field(default=None, init=False, repr=False)
 
 
-# %% cell 69 (23-budget)
+# %% cell 70 (23-budget)
 def share_budget(lacks, budget):
     """How many tokens each request runs in one step: who lacks one first, then the others, each group in order.
 
@@ -871,7 +918,7 @@ def share_budget(lacks, budget):
     return counts
 
 
-# %% cell 72 (23-to-run)
+# %% cell 73 (23-to-run)
 def tokens_to_run(prompt, tokens, stored):
     """The ids that the cache lacks. prompt, tokens: ids given and generated; stored: how many ids the cache holds.
 
@@ -881,7 +928,7 @@ def tokens_to_run(prompt, tokens, stored):
     return (prompt + tokens)[stored:]
 
 
-# %% cell 75
+# %% cell 76
 class RequestQueues:
     """Requests that wait and requests that run, in order of arrival. Bookkeeping: BlockTables, no arrays, no model.
 
@@ -940,7 +987,7 @@ class RequestQueues:
         return False
 
 
-# %% cell 77 (23-make-room)
+# %% cell 78 (23-make-room)
 class StepPlanner(RequestQueues):
     """Decides what runs in the next step."""
 
@@ -980,7 +1027,7 @@ class StepPlanner(RequestQueues):
         return plan
 
 
-# %% cell 80
+# %% cell 81
 def check_request(request, model, cache):
     """Prompt, stop ids and random numbers of a request that can be served, or a ValueError that says what cannot."""
     if request.request_id is not None:
@@ -1002,7 +1049,7 @@ def check_request(request, model, cache):
     return ids[0].tolist(), stop_ids, np.random.default_rng(seed)
 
 
-# %% cell 81 (23-postprocess)
+# %% cell 82 (23-postprocess)
 class Scheduler(StepPlanner):
     """Serves many requests at once from one pool of blocks; every text is the one that `generate` gives it alone.
 
