@@ -15,47 +15,14 @@ from tinytorch.models.llama import Llama  # noqa: E402
 from tinytorch.models.safetensors import read_safetensors  # noqa: E402
 from tinytorch.models.transformer import GPT  # noqa: E402
 
-V, L, S = 53, 3, 64
+V, S = 53, 64  # as in conftest.py
 SCALED = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 IDS = np.random.default_rng(0).integers(0, V, (3, S))
-NO_ENDS = dict(vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="eager")
-GPT2 = dict(n_embd=24, n_layer=L, n_head=4, n_positions=S)
-LLAMA = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=L, num_attention_heads=6, num_key_value_heads=2,
-             max_position_embeddings=S, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
-QWEN2 = LLAMA | dict(hidden_size=56, num_attention_heads=14, tie_word_embeddings=True)
-KINDS = {
-    "gpt2": GPT2,
-    "gpt2 untied": GPT2 | dict(tie_word_embeddings=False, layer_norm_epsilon=0.02, n_inner=40,
-                               activation_function="gelu_pytorch_tanh"),
-    "llama": LLAMA,
-    "llama wide": LLAMA | dict(head_dim=8, rms_norm_eps=0.02,
-                               rope_parameters=dict(rope_type="default", rope_theta=99.0)),
-    "llama biased": LLAMA | dict(attention_bias=True, tie_word_embeddings=True),
-    "llama 3": LLAMA | dict(rope_parameters=dict(rope_type="llama3", rope_theta=500.0, **SCALED)),
-    "qwen2": QWEN2,
-    "qwen2 untied": QWEN2 | dict(num_key_value_heads=14, tie_word_embeddings=False),
-}  # fmt: skip
 
 
-def their_model(kind):
-    """A model of transformers, its weights widened so that every part matters."""
-    families = {"gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config),
-                "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
-                "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config)}  # fmt: skip
-    model, config = families[kind.split()[0]]
-    model = model(config(**NO_ENDS, **KINDS[kind]))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            random = torch.randn_like(parameter)
-            is_norm = "norm" in name or ".ln_" in name
-            widened = 0.3 if name.endswith("bias") else 0.15
-            parameter.copy_(1 + 0.15 * random if is_norm and name.endswith("weight") else widened * random)
-    return model.eval()
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def theirs(request):
+@pytest.fixture(scope="module", params=["gpt2", "gpt2 untied", "llama", "llama wide", "llama biased", "llama 3",
+                                        "qwen2", "qwen2 untied"])
+def theirs(request, their_model):
     return their_model(request.param)
 
 
@@ -106,7 +73,7 @@ def test_what_we_save_theirs_loads(theirs, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama 3", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_half_precision_files_become_float32(kind, dtype, tmp_path):
+def test_half_precision_files_become_float32(kind, dtype, their_model, tmp_path):
     their_model(kind).to(dtype).save_pretrained(tmp_path)
     family = type(their_model(kind))  # read anew, since .to(dtype) rounded the angles of the rotary embedding, too
     theirs = family.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
@@ -123,7 +90,7 @@ def test_shards(theirs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
-def test_names_without_prefix_and_buffers_and_a_tied_head(kind, tmp_path):
+def test_names_without_prefix_and_buffers_and_a_tied_head(kind, their_model, tmp_path):
     theirs = their_model(kind)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -144,7 +111,7 @@ def test_names_without_prefix_and_buffers_and_a_tied_head(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama wide", "llama 3"])
-def test_rope_as_transformers_4_wrote_it(kind, tmp_path):
+def test_rope_as_transformers_4_wrote_it(kind, their_model, tmp_path):
     theirs = their_model(kind)
     theirs.save_pretrained(tmp_path)
 
