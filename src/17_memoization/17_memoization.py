@@ -1194,7 +1194,8 @@ class CachedAttention(StandIn):
         if not getattr(attention, "causal", True):
             raise ValueError("only causal attention can be cached: without its mask, new tokens change old keys")
         super().__init__(attention, cache, n_new)
-        self.layer_idx = layer_idx
+        windows = cache.window, getattr(attention, "window", None)  # the cache's, and the model's own (lesson 21)
+        self.layer_idx, self.window = layer_idx, min((w for w in windows if w is not None), default=None)
 
     def forward(self, x, mask=None):
         """x (B, T, E), the new tokens only -> (B, T, E)."""
@@ -1206,7 +1207,7 @@ class CachedAttention(StandIn):
         positions = self.positions(x)
         query, key, value = self.project(x, positions)
         key, value, key_pos = self.cache.update(self.layer_idx, key, value, self.n_new)
-        visible = visible_mask(positions, key_pos, self.cache.window, self.cache.sinks)
+        visible = visible_mask(positions, key_pos, self.window, self.cache.sinks)
         visible = None if visible.all() else visible  # a mask that hides nothing only costs time
         mixed = self.attend(query, key, value, visible)
         return self.merge(mixed)

@@ -44,7 +44,7 @@ import math
 
 import numpy as np
 
-from tinytorch.core.attention import MultiHeadAttention, head_sizes
+from tinytorch.core.attention import MultiHeadAttention, head_sizes, visible_mask
 from tinytorch.core.autograd import gradient
 from tinytorch.core.embeddings import Embedding, choose_positions
 from tinytorch.core.layers import Dropout, Linear, Module, Parameter
@@ -951,18 +951,19 @@ class LlamaAttention(MultiHeadAttention):
     """Causal attention with rotary positions and shared key heads: x (B, T, E) -> (B, T, E).
 
     rotary_embedding: the RotaryEmbedding of the model, which also says how large a head is. bias: on queries, keys and
-    values; out_bias: behind the heads.
+    values; out_bias: behind the heads. window: a token sees itself and the window - 1 before it; None: all of them.
     """
 
     rotary = True  # a cache tells `project` where the tokens stand
 
-    def __init__(self, embed_dim, num_heads, rotary_embedding, num_kv_heads=None, bias=False, out_bias=False, rng=None):
+    def __init__(self, embed_dim, num_heads, rotary_embedding, num_kv_heads=None, bias=False, out_bias=False,
+                 window=None, rng=None):
         self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, True
         self.num_kv_heads, self.head_dim = head_sizes(num_heads * rotary_embedding.head_dim, num_heads, num_kv_heads)
         packed_heads = num_heads + 2 * self.num_kv_heads
         self.qkv_proj = Linear(embed_dim, packed_heads * self.head_dim, bias=bias, rng=rng)
         self.out_proj = Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, rng=rng)
-        self.rotary_embedding, self.dropout = rotary_embedding, Dropout(0.0)
+        self.rotary_embedding, self.window, self.dropout = rotary_embedding, window, Dropout(0.0)
 
     def project(self, x, positions=None):
         """Query (B, H, T, D) and key (B, H_kv, T, D), turned by positions, (T,) or (B, T); and value, as it is.
@@ -974,6 +975,13 @@ class LlamaAttention(MultiHeadAttention):
         turn = self.rotary_embedding.rotate
         return turn(query, positions), turn(key, positions), value
         ### END SOLUTION
+
+    def visible(self, seq_len, mask=None):
+        """As in MultiHeadAttention, and through the window."""
+        if self.window is not None and self.window < seq_len:
+            near = visible_mask(np.arange(seq_len), np.arange(seq_len), self.window)
+            mask = near if mask is None else near & mask
+        return super().visible(seq_len, mask)
 
 # %% nbgrader={"grade": true, "grade_id": "21-project-test", "locked": true, "points": 5, "schema_version": 3, "solution": false, "task": false}
 def test_unit_project():
@@ -1058,6 +1066,7 @@ class Llama(GPT):
 
     head_dim: default embed_dim / num_heads. hidden_dim: as in SwiGLU. rope_theta, rope_scaling: as in RotaryEmbedding.
     attention_bias: on queries, keys and values (Qwen2); out_bias: behind the heads. tie_weights: as in GPT.
+    window: as in LlamaAttention (Mistral); lesson 22's window then keeps all that is looked at.
     keys_before_rotation: the same logits, by StreamingAttention, for a cache that turns keys when it is read (lesson 22).
     Sources: Touvron et al. 2023 (arXiv 2302.13971), section 2.2; Yang et al. 2024 (arXiv 2407.10671), section 2.2.
 
@@ -1068,16 +1077,16 @@ class Llama(GPT):
 
     def __init__(self, vocab_size, embed_dim, num_layers, num_heads, max_seq_len, num_kv_heads=None, head_dim=None,
                  hidden_dim=None, rope_theta=10000.0, rope_scaling=None, norm_eps=1e-6, attention_bias=False,
-                 out_bias=False, tie_weights=False, keys_before_rotation=False, rng=None):
+                 out_bias=False, tie_weights=False, keys_before_rotation=False, window=None, rng=None):
         self.vocab_size, self.embed_dim, self.num_layers = vocab_size, embed_dim, num_layers
         self.num_heads, self.max_seq_len, self.tie_weights = num_heads, max_seq_len, tie_weights
         width = embed_dim if head_dim is None else num_heads * head_dim
         self.num_kv_heads, self.head_dim = head_sizes(width, num_heads, num_kv_heads)
         self.token_embedding = Embedding(vocab_size, embed_dim, rng=rng)
         self.position_embedding = RotaryEmbedding(self.head_dim, max_seq_len, rope_theta, rope_scaling)
-        self.dropout, self.keys_before_rotation = Dropout(0.0), keys_before_rotation
+        self.dropout, self.keys_before_rotation, self.window = Dropout(0.0), keys_before_rotation, window
         attention = StreamingAttention if keys_before_rotation else LlamaAttention
-        heads = num_heads, self.position_embedding, self.num_kv_heads, attention_bias, out_bias, rng
+        heads = num_heads, self.position_embedding, self.num_kv_heads, attention_bias, out_bias, window, rng
         self.blocks = [LlamaBlock(attention(embed_dim, *heads), hidden_dim, norm_eps, rng)
                        for _ in range(num_layers)]
         self.norm = RMSNorm(embed_dim, norm_eps)

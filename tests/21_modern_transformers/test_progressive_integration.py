@@ -33,6 +33,7 @@ OPTIONS = [
     {"head_dim": 6, "rope_theta": 300.0},
     {"attention_bias": True, "tie_weights": True, "num_kv_heads": 1},
     {"rope_scaling": SCALING, "out_bias": True, "num_kv_heads": 4, "norm_eps": 1e-2},
+    {"window": 3}, {"window": 1}, {"window": 30},
 ]
 
 
@@ -86,6 +87,7 @@ def llama_in_numpy(model, ids):
             heads = linear(norm(x, name + "norm1"), name + "attention.qkv_proj").reshape(-1, D)
             turned = [turn(head, t, frequencies) for head in heads[: H + H_kv]]
             past[layer].append((turned[H:], heads[H + H_kv :]))
+            past[layer] = past[layer][-(model.window or len(past[layer])) :]
             mixed = []
             for h in range(H):
                 shared = h // (H // H_kv)

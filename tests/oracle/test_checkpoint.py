@@ -21,7 +21,7 @@ IDS = np.random.default_rng(0).integers(0, V, (3, S))
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2 untied", "llama", "llama wide", "llama biased", "llama 3",
-                                        "qwen2", "qwen2 untied"])
+                                        "qwen2", "qwen2 untied", "mistral"])
 def theirs(request, their_model):
     return their_model(request.param)
 

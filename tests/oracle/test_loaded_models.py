@@ -12,7 +12,7 @@ pytest.importorskip("safetensors")
 from tinytorch.core.losses import cross_entropy  # noqa: E402
 from tinytorch.core.optimizers import AdamW  # noqa: E402
 from tinytorch.generation.cache_compression import SlidingWindowKVCache  # noqa: E402
-from tinytorch.generation.kv_cache import create_kv_cache, prefill, stored_heads  # noqa: E402
+from tinytorch.generation.kv_cache import create_kv_cache, enable_kv_cache, prefill, stored_heads  # noqa: E402
 from tinytorch.generation.paged import PagedModelKVCache, Request, Scheduler, paged_kv_cache  # noqa: E402
 from tinytorch.generation.speculative import beam_search  # noqa: E402
 from tinytorch.models.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
@@ -27,17 +27,16 @@ MEMBERS = {
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [35, 8, 9], [7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3]]
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "llama 3", "qwen2"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "llama 3", "mistral", "qwen2"])
 def pair(request, their_model, tmp_path_factory):
     """(ours, theirs): transformers saved it, load_checkpoint read it."""
     return saved_and_loaded(their_model(request.param), tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.fixture(params=MEMBERS)
-def make_cache(request):
-    """A function (model, batch_size) -> an empty cache for it."""
-    factory, options = MEMBERS[request.param]
-    return lambda model, batch_size: factory(batch_size, S, model.num_layers, *stored_heads(model), **options)
+def caches(model, batch_size):
+    """(name, an empty cache for the model) for every member."""
+    for name, (factory, options) in MEMBERS.items():
+        yield name, factory(batch_size, S, model.num_layers, *stored_heads(model), **options)
 
 
 def saved_and_loaded(theirs, folder):
@@ -57,7 +56,7 @@ def their_logits(theirs, ids, **options):
 def their_cache(theirs, ids):
     """(key, value) of each layer after ids (B, T): arrays (B, H_kv, T, D)."""
     with torch.no_grad():
-        cache = theirs(torch.tensor(ids), use_cache=True).past_key_values
+        cache = theirs(torch.tensor(ids), past_key_values=transformers.DynamicCache()).past_key_values  # keeps all
     return [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
 
 
@@ -67,6 +66,13 @@ def padded_left(rows):
     ids = torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def their_rows(theirs, rows):
+    """Logits (T, V) of each ragged row, all of them run at once, padded on the left."""
+    ids, mask, positions = padded_left(rows)
+    found = their_logits(theirs, ids, attention_mask=mask, position_ids=positions)
+    return [logits[-len(row) :] for row, logits in zip(rows, found)]
 
 
 def run_in_pieces(ours, ids, cache, sizes):
@@ -80,11 +86,13 @@ def assert_close(got, expected, shape, atol=1e-4, message=""):
     np.testing.assert_allclose(got, expected, rtol=0, atol=atol, err_msg=message)
 
 
-def assert_same_contents(cache, expected, rows=slice(None)):
+def assert_same_contents(cache, expected, row=None, message=""):
+    """expected: as from their_cache, of all rows or of one."""
+    rows = slice(None) if row is None else slice(row, row + 1)
     for layer, (key, value) in enumerate(expected):
         for name, mine, theirs in zip(("keys", "values"), cache.get(layer), (key, value)):
-            mine = mine.numpy()[rows][:, :, : theirs.shape[2]]
-            assert_close(mine, theirs, theirs.shape, atol=3e-5, message=f"{name} of layer {layer}")
+            mine = mine.numpy()[rows, :, : theirs.shape[2]]
+            assert_close(mine, theirs, theirs.shape, atol=3e-5, message=f"{message}: {name} of layer {layer}")
 
 
 def compositions(total):
@@ -94,57 +102,66 @@ def compositions(total):
         yield [b - a for a, b in zip(edges, edges[1:])]
 
 
-def test_every_chunking_of_a_short_text(pair, make_cache):
+def test_every_chunking_of_a_short_text(pair):
     ours, theirs = pair
     ids = tokens(2, 6)
     expected, contents = their_logits(theirs, ids), their_cache(theirs, ids)
     assert len(list(compositions(6))) == 32 and expected.std() > 0.3
     for sizes in compositions(6):
-        cache = make_cache(ours, 2)
-        assert_close(run_in_pieces(ours, ids, cache, sizes), expected, (2, 6, V), message=f"chunks of {sizes}")
-        assert cache.seq_lens == [6, 6]
-        assert_same_contents(cache, contents)
+        for name, cache in caches(ours, 2):
+            message = f"{name}, chunks of {sizes}"
+            assert_close(run_in_pieces(ours, ids, cache, sizes), expected, (2, 6, V), message=message)
+            assert cache.seq_lens == [6, 6]
+            assert_same_contents(cache, contents, message=message)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * S, (17, 1, 1, 30, 15), (S - 1, 1)])
-def test_chunkings_of_a_text_that_fills_the_context(pair, make_cache, sizes):
+def test_chunkings_of_a_text_that_fills_the_context(pair, sizes):
     ours, theirs = pair
-    ids, cache = tokens(2, S, seed=1), make_cache(ours, 2)
-    assert_close(run_in_pieces(ours, ids, cache, sizes), their_logits(theirs, ids), (2, S, V))
-    assert_same_contents(cache, their_cache(theirs, ids))
+    ids = tokens(2, S, seed=1)
+    expected, contents = their_logits(theirs, ids), their_cache(theirs, ids)
+    for name, cache in caches(ours, 2):
+        assert_close(run_in_pieces(ours, ids, cache, sizes), expected, (2, S, V), message=name)
+        assert_same_contents(cache, contents, message=name)
 
 
-def test_rows_of_different_length_are_left_padded_rows(pair, make_cache):
+def test_rows_of_different_length_are_left_padded_rows(pair):
     """Ours are padded on the right, theirs on the left; some chunks bring nothing to a row, one row has nothing yet."""
     ours, theirs = pair
     lengths, ids = [5, 12, 1, 0, 9], tokens(5, 12, seed=2)
-    cache = make_cache(ours, 5)
-    got = prefill(ours, ids, cache, chunk=4, n_new=lengths).numpy()
-    left, mask, positions = padded_left([row[:length] for row, length in zip(ids, lengths) if length])
-    expected = iter(their_logits(theirs, left, attention_mask=mask, position_ids=positions))
-    for row, length in enumerate(lengths):
-        if length:
-            assert_close(got[row, :length], next(expected)[-length:], (length, V), message=f"row {row}")
-    step, more = ours(np.full((5, 2), 7), cache=cache).numpy(), [[*row[:n], 7, 7] for row, n in zip(ids, lengths)]
-    left, mask, positions = padded_left(more)
-    assert_close(step, their_logits(theirs, left, attention_mask=mask, position_ids=positions)[:, -2:], (5, 2, V))
-    for row, text in enumerate(more):
-        assert_same_contents(cache, their_cache(theirs, [text]), slice(row, row + 1))
+    texts = [row[:length].tolist() for row, length in zip(ids, lengths)]
+    longer = [[*text, 7, 7] for text in texts]
+    expected, contents = their_rows(theirs, longer), [their_cache(theirs, [text]) for text in longer]
+    for name, cache in caches(ours, 5):
+        got = prefill(ours, ids, cache, chunk=4, n_new=lengths).numpy()
+        step = ours(np.full((5, 2), 7), cache=cache).numpy()
+        for row, length in enumerate(lengths):
+            mine, message = np.concatenate([got[row, :length], step[row]]), f"{name}, row {row}"
+            assert_close(mine, expected[row], (length + 2, V), message=message)
+            assert_same_contents(cache, contents[row], row, message)
 
 
-def test_the_cache_after_rollback_and_going_on(pair, make_cache):
+def test_the_cache_after_rollback_and_going_on(pair):
     ours, theirs = pair
-    ids, others, cache = tokens(3, 14, seed=3), tokens(3, 6, seed=4), make_cache(ours, 3)
-    run_in_pieces(ours, ids, cache, (9, 1, 4))
-    cache.rollback([6, 0, 2])
-    texts = [ids[0, :8], ids[1], ids[2, :12]]
-    for row, text in enumerate(texts):
-        assert_same_contents(cache, their_cache(theirs, text[None]), slice(row, row + 1))
-    got = run_in_pieces(ours, others, cache, (1, 4, 1))
-    for row, text in enumerate(texts):
-        text = np.concatenate([text, others[row]])[None]
-        assert_close(got[[row]], their_logits(theirs, text)[:, -6:], (1, 6, V), message=f"row {row}")
-        assert_same_contents(cache, their_cache(theirs, text), slice(row, row + 1))
+    ids, others, kept = tokens(3, 14, seed=3), tokens(3, 6, seed=4), [8, 14, 12]
+    cut = [row[:length].tolist() for row, length in zip(ids, kept)]
+    texts = [[*text, *more] for text, more in zip(cut, others.tolist())]
+    expected = their_rows(theirs, texts)
+    before, after = ([their_cache(theirs, [text]) for text in rows] for rows in (cut, texts))
+    for name, cache in caches(ours, 3):
+        run_in_pieces(ours, ids, cache, (9, 1, 4))
+        cache.rollback([6, 0, 2])
+        for row in range(3):
+            assert_same_contents(cache, before[row], row, f"{name}, row {row}")
+        got = run_in_pieces(ours, others, cache, (1, 4, 1))
+        for row in range(3):
+            assert_close(got[row], expected[row][-6:], (6, V), message=f"{name}, row {row}")
+            assert_same_contents(cache, after[row], row, f"{name}, row {row}")
+
+
+def ended(text, prompt_len, stop):
+    """The text as far as its stop token: what stands behind it is padding."""
+    return text[: text.index(stop, prompt_len) + 1] if stop in text[prompt_len:] else text
 
 
 def their_texts(theirs, prompts, count, stop=None):
@@ -153,27 +170,21 @@ def their_texts(theirs, prompts, count, stop=None):
     with torch.no_grad():
         found = theirs.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=stop,
                                 pad_token_id=PAD)[:, ids.shape[1] :].tolist()  # fmt: skip
-    return [prompt + new[: new.index(stop) + 1 if stop in new else count] for prompt, new in zip(prompts, found)]
+    return [ended(prompt + new, len(prompt), stop) for prompt, new in zip(prompts, found)]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], [row[-3:] for row in PROMPTS if len(row) > 2], PROMPTS],
                          ids=["one", "even", "ragged"])  # fmt: skip
-def test_greedy_texts(pair, make_cache, prompts):
+def test_greedy_texts(pair, prompts):
+    """Also with a token that ends one row at once, another in the middle, or one at its last place."""
     ours, theirs = pair
-    expected = their_texts(theirs, prompts, 20)
-    assert [len(text) for text in expected] == [len(prompt) + 20 for prompt in prompts]
-    for cache in (None, make_cache(ours, len(prompts))):
-        assert ours.generate(prompts, 20, cache=cache) == expected
-
-
-def test_greedy_texts_that_stop(pair, make_cache):
-    """At the first token of one row, in the middle of another, at the last of a third."""
-    ours, theirs = pair
-    endless = their_texts(theirs, PROMPTS, 20)
-    for stop in (endless[0][-20], endless[1][-10], endless[3][-1]):
-        expected = their_texts(theirs, PROMPTS, 20, stop)
-        for cache in (None, make_cache(ours, len(PROMPTS))):
-            assert ours.generate(PROMPTS, 20, cache=cache, stop_token=stop) == expected
+    endless = their_texts(theirs, prompts, 20)
+    assert [len(text) for text in endless] == [len(prompt) + 20 for prompt in prompts]
+    for stop in (None, endless[0][-20], endless[-1][-10], endless[-1][-1]):
+        expected = their_texts(theirs, prompts, 20, stop)
+        for name, cache in [("none", None), *caches(ours, len(prompts))]:
+            got = ours.generate(prompts, 20, stop_token=stop, cache=cache)
+            assert [ended(text, len(prompt), stop) for prompt, text in zip(prompts, got)] == expected, name
 
 
 def test_requests_of_one_batch(pair):
@@ -197,10 +208,7 @@ def their_beams(theirs, prompt, width, count, stop, **options):
             num_beams=width, num_return_sequences=width, do_sample=False, eos_token_id=stop, pad_token_id=PAD,
             return_dict_in_generate=True, output_scores=True, **options,
         )  # fmt: skip
-    texts = []
-    for text in found.sequences.tolist():
-        ends = [i for i in range(len(prompt), len(text)) if text[i] == stop]
-        texts.append(text[: ends[0] + 1] if ends else text)
+    texts = [ended(text, len(prompt), stop) for text in found.sequences.tolist()]
     return texts, found.sequences_scores.numpy()
 
 
@@ -211,16 +219,15 @@ def test_beams(pair, width, penalty, early):
     ours, theirs = pair
     prompt, settings = PROMPTS[0], dict(length_penalty=penalty, early_stopping=early)
     endless, _ = their_beams(theirs, prompt, width, 10, None, **settings)
-    ended = 0
+    stopped = 0
     for stop in (None, endless[0][-10], endless[0][-4], endless[-1][-2]):
         texts, scores = their_beams(theirs, prompt, width, 10, stop, **settings)
-        ended += sum(text[-1] == stop for text in texts)
-        for factory, options in [(None, None), *MEMBERS.values()]:
-            cache = factory and factory(width, S, ours.num_layers, *stored_heads(ours), **options)
+        stopped += sum(text[-1] == stop for text in texts)
+        for name, cache in [("none", None), *caches(ours, width)]:
             beams = beam_search(ours, prompt, width, 10, cache=cache, stop_token=stop, length_penalty=penalty)
-            assert [beam.ids for beam in beams] == texts and len(texts) == width
+            assert [beam.ids for beam in beams] == texts and len(texts) == width, name
             np.testing.assert_allclose([beam.score for beam in beams], scores, rtol=0, atol=1e-4)
-    assert ended, "no beam met its stop token"
+    assert stopped, "no beam met its stop token"
 
 
 def test_trained_by_us_and_loaded_by_them(pair, tmp_path):
@@ -286,3 +293,52 @@ def test_shapes_at_the_edges(kind, changes, their_model, tmp_path):
             if vocab > 1 and longest > 1:
                 prompts = ids[:, :1].tolist()
                 assert ours.generate(prompts, longest - 1, cache=cache) == their_texts(theirs, prompts, longest - 1)
+
+
+def test_a_window_is_counted_as_mistral_counts(their_model, tmp_path):
+    """A Mistral without its window is a Llama, and lesson 22's window makes it a Mistral again: i - w < j <= i."""
+    ids, longest = tokens(2, S, seed=7), 20
+    for window in (1, 2, 5, S - 1, S):
+        folder = tmp_path / str(window)
+        ours, theirs = saved_and_loaded(their_model("mistral", sliding_window=window), folder)
+        plain, other = saved_and_loaded(their_model("mistral", sliding_window=None), tmp_path / f"{window} plain")
+        assert (ours.window, plain.window) == (window, None)
+        expected, shape = their_logits(theirs, ids), (2, S, V)
+        assert_close(ours(ids).numpy(), expected, shape)
+        assert_close(plain(ids).numpy(), their_logits(other, ids), shape)
+        sizes = 2, S, ours.num_layers, *stored_heads(ours)
+        for chunks in ((1,) * S, (3, 1, 1, 40, 2, 17), (S,)):
+            for model, spare in itertools.product((ours, plain), (0, 3)):
+                cache = SlidingWindowKVCache(*sizes, window=window, spare=spare)
+                assert_close(run_in_pieces(model, ids, cache, chunks), expected, shape, message=f"{window}, {chunks}")
+        for wrong in {window - 1, window + 1} & set(range(1, S)):
+            cache = SlidingWindowKVCache(*sizes, window=wrong)
+            assert np.abs(run_in_pieces(plain, ids, cache, (longest, S - longest)) - expected).max() > 1e-2
+
+
+def test_a_window_keeps_what_mistral_keeps(their_model, tmp_path):
+    """Their cache holds the window - 1 newest tokens, ours one more; after chunks, a rollback and going on."""
+    ours, theirs = saved_and_loaded(their_model("mistral"), tmp_path)
+    ids = tokens(2, 30, seed=8)
+    cache = SlidingWindowKVCache(2, S, ours.num_layers, *stored_heads(ours), window=ours.window, spare=2)
+    run_in_pieces(ours, np.concatenate([ids[:, :20], ids[:, :2]], axis=1), cache, (9, 9, 1, 3))
+    cache.rollback(2)
+    run_in_pieces(ours, ids[:, 20:], cache, (1, 1, 8))
+    with torch.no_grad():
+        layers = theirs(torch.tensor(ids), use_cache=True).past_key_values.layers
+    assert cache.residents()[0, -5:].tolist() == [25, 26, 27, 28, 29]
+    for layer, peer in enumerate(layers):
+        for mine, kept in zip(cache.get(layer), (peer.keys.numpy(), peer.values.numpy())):
+            assert_close(mine.numpy()[:, :, -4:], kept, (2, 2, 4, 4), atol=3e-5, message=f"layer {layer}")
+
+
+def test_a_mistral_on_its_window_writes_its_text(their_model, tmp_path):
+    """Forty tokens through a window of five: greedy, and with beams, in bounded memory."""
+    ours, theirs = saved_and_loaded(their_model("mistral"), tmp_path / "theirs")
+    prompts = [row[-3:] for row in PROMPTS if len(row) > 2]
+    cache = enable_kv_cache(ours, factory=SlidingWindowKVCache, batch_size=3, window=ours.window)
+    assert ours.generate(prompts, 40) == their_texts(theirs, prompts, 40) and cache.config.max_context_length == 5
+    texts, scores = their_beams(theirs, prompts[0], 3, 40, None, length_penalty=1.0, early_stopping="never")
+    beams = beam_search(ours, prompts[0], 3, 40, length_penalty=1.0)
+    assert [beam.ids for beam in beams] == texts
+    np.testing.assert_allclose([beam.score for beam in beams], scores, rtol=0, atol=1e-4)

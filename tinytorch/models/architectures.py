@@ -1,4 +1,4 @@
-"""GPT-2, Llama 2 and 3, Qwen2 and Qwen2.5: their configurations as our models, and their names of our weights.
+"""GPT-2, Llama 2 and 3, Mistral, Qwen2 and Qwen2.5: their configurations as our models, and their names of our weights.
 
 Written by hand, not built from a lesson. `gpt2_places` and `llama_places` are the names: each stands beside the memory
 of our weight, seen in their shape, so that one table serves to load and to save. What our models would compute
@@ -108,7 +108,7 @@ def build_gpt2(config, held):
     return model
 
 
-def build_llama(config, held, qwen2=False):
+def build_llama(config, held, qwen2=False, window=None):
     """A Llama of the sizes in config; `held` is how many numbers the files hold."""
     vocab, embed_dim, layers = config.whole("vocab_size"), config.whole("hidden_size"), config.whole("num_hidden_layers")
     heads, hidden_dim = config.whole("num_attention_heads"), config.whole("intermediate_size")
@@ -124,11 +124,19 @@ def build_llama(config, held, qwen2=False):
     config.check_size(embed_dim * (vocab + layers * (2 * width + 3 * hidden_dim)), held)
     return Llama(vocab, embed_dim, layers, heads, config.whole("max_position_embeddings", 2048), kv_heads, head_dim,
                  hidden_dim, theta, scaling, config.positive("rms_norm_eps", 1e-6), attention_bias=bias,
-                 out_bias=bias and not qwen2, tie_weights=config.flag("tie_word_embeddings", False), rng=Blank())
+                 out_bias=bias and not qwen2, tie_weights=config.flag("tie_word_embeddings", False), window=window,
+                 rng=Blank())
 
 
 def build_qwen2(config, held):
     return build_llama(config, held, qwen2=True)
+
+
+def build_mistral(config, held):
+    """A Llama that looks back `sliding_window` tokens; null means all of them, and absent Mistral's first, 4096."""
+    if "sliding_window" in config.values and config.get("sliding_window") is None:
+        return build_llama(config, held)
+    return build_llama(config, held, window=config.whole("sliding_window", 4096))
 
 
 def check_full_attention(config, layers):
@@ -136,7 +144,7 @@ def check_full_attention(config, layers):
     if not config.flag("use_sliding_window", False):
         return
     if "sliding_attention" in str(config.get("layer_types")) or config.whole("max_window_layers", 28) < layers:
-        raise config.error("use_sliding_window is true; our model looks at all keys (lesson 22's window is a cache)")
+        raise config.error("use_sliding_window is true; our Qwen2 looks at all keys in every layer")
 
 
 SCALED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -232,10 +240,12 @@ class Family:
 FAMILIES = {
     "gpt2": Family(build_gpt2, "transformer.", "transformer.wte.weight"),
     "llama": Family(build_llama, "model.", "model.embed_tokens.weight"),
+    "mistral": Family(build_mistral, "model.", "model.embed_tokens.weight"),
     "qwen2": Family(build_qwen2, "model.", "model.embed_tokens.weight"),
 }
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "GPT2Model": "gpt2", "LlamaForCausalLM": "llama", "LlamaModel": "llama",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2"}  # fmt: skip
+                 "MistralForCausalLM": "mistral", "MistralModel": "mistral", "Qwen2ForCausalLM": "qwen2",
+                 "Qwen2Model": "qwen2"}  # fmt: skip
 
 
 def family_of(config):
@@ -261,15 +271,20 @@ def gpt2_config(model):
 
 
 def llama_config(model):
-    """What Llama's or Qwen2's config.json says of our model."""
+    """What Llama's, Mistral's or Qwen2's config.json says of our model."""
     block, rotary = model.blocks[0], original(model.position_embedding)
     attention = original(block.attention)
     bias, out_bias = attention.qkv_proj.bias is not None, attention.out_proj.bias is not None
     if out_bias and not bias:
         raise CheckpointError("a bias behind the heads alone (out_bias without attention_bias) is neither Llama nor Qwen2")
-    family = ("Qwen2ForCausalLM", "qwen2") if bias and not out_bias else ("LlamaForCausalLM", "llama")
+    if attention.window is not None and bias:
+        raise CheckpointError(f"a window ({attention.window}) is Mistral's, which has no biases; this Llama has attention_bias")
+    family, own = ("LlamaForCausalLM", "llama"), {"attention_bias": bias, "mlp_bias": False}
+    if attention.window is not None:
+        family, own = ("MistralForCausalLM", "mistral"), {"sliding_window": attention.window}
+    elif bias and not out_bias:
+        family, own = ("Qwen2ForCausalLM", "qwen2"), {}
     scaling = {"rope_type": "default"} if rotary.scaling is None else {"rope_type": "llama3", **rotary.scaling}
-    own = {} if family[1] == "qwen2" else {"attention_bias": bias, "mlp_bias": False}
     return {"architectures": [family[0]], "model_type": family[1], "hidden_size": model.embed_dim,
             "intermediate_size": block.mlp.up_proj.weight.shape[0], "num_hidden_layers": model.num_layers,
             "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads,

@@ -1,4 +1,4 @@
-"""Models that the world runs, from their files and back: GPT-2, Llama 2 and 3, Qwen2 and Qwen2.5.
+"""Models that the world runs, from their files and back: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Qwen2.5.
 
 Written by hand, not built from a lesson. A checkpoint is a directory with config.json and model.safetensors, or with
 shards that model.safetensors.index.json lists. Pickle is never read.
@@ -52,7 +52,7 @@ def save_checkpoint(model, directory):
     """Write a GPT or Llama as config.json and model.safetensors, float32, which transformers' from_pretrained reads.
 
     A GPT becomes a GPT2LMHeadModel, a Llama a LlamaForCausalLM, or with biases on queries, keys and values alone a
-    Qwen2ForCausalLM. Both files are whole before the first is in its place; a new directory appears in one step, in an
+    Qwen2ForCausalLM, or with a window a MistralForCausalLM. Both files are whole before the first is in its place; a new directory appears in one step, in an
     existing one its other files stay.
     """
     if not isinstance(model, GPT):
