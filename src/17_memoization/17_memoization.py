@@ -1148,7 +1148,7 @@ alone, `0 <= key position <= query position`.
 A `StandIn` (given) takes the place of a part of the model. Write its forward pass for attention. In training mode it
 steps aside: `self.part(x, mask)`, and the cache stays untouched. In eval mode, the second line of the picture, with
 `self.positions(x)`, `self.cache.update(self.layer_idx, key, value, self.n_new)`, and `visible_mask(query_pos,
-key_pos, self.cache.window, self.cache.sinks)`. `self.project(x, positions)`, `self.attend(query, key, value, visible)`
+key_pos, self.window, self.cache.sinks)`. `self.project(x, positions)`, `self.attend(query, key, value, visible)`
 and `self.merge(mixed)` are the three parts of the attention that it stands for.
 """
 
@@ -1315,6 +1315,9 @@ def test_unit_attention(splits=((3, 2), (1, 1, 1, 1, 1)), seed=0):
     cache.observe = lambda layer_idx, weights: told.append((layer_idx, weights.shape))
     CachedAttention(attention, cache, 1)(x)
     assert told == [(1, (2, 4, 5, 5))], "a cache that listens was told nothing: attend with self.attend, not past it"
+    attention.window = 2  # as a model of lesson 21 may have
+    error = np.abs(CachedAttention(attention, KVCache(2, 8, 2, 2, 8), 1)(x).numpy()[:, 4] - expected(x[:, 3:])[:, 1])
+    assert error.max() < 1e-4, "the attention looks back 2 tokens, whatever the cache holds: is the window self.window?"
     cached = CachedAttention(attention, KVCache(2, 8, 2, 2, 8), 1)
     cached.train()
     trained = cached(x).numpy()
@@ -1652,10 +1655,11 @@ def generation_flops(model, prompt_len, max_new_tokens, cached):
     """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
     weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
     flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    width = model.num_heads * stored_heads(model)[1]
     for i in range(max_new_tokens):
         seq_len = prompt_len + i
         rows = 1 if cached and i else seq_len
-        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+        flops += rows * (2 * weights + 4 * model.num_layers * width * seq_len)
     return flops
 
 
@@ -1667,7 +1671,7 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
     max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
     """
     model = model_to_measure(model, max(lengths) + max_new_tokens)
-    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    cache = KVCache(1, model.max_seq_len, model.num_layers, *stored_heads(model))
     print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
     rows = []
     for length in lengths:
@@ -2223,7 +2227,7 @@ def open_explorer(model, prompt, max_new_tokens=8):
     except ImportError as error:
         print(f"no viewer here ({error}); the pictures above show the same")
         return
-    sizes = (1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    sizes = (1, model.max_seq_len, model.num_layers, *stored_heads(model))
     explorer = CacheExplorer.record(model, prompt, max_new_tokens, cache=KVCache(*sizes))
     for number, step in enumerate(explorer.recording["steps"]):
         print(f"step {number}: {step['rows']} rows run, {step['used_bytes']:,} bytes, multiplications "

@@ -61,6 +61,7 @@ from tinytorch.generation.kv_cache import (
     prefill,
     random_gpt,
     slot_positions,
+    stored_heads,
     whole_number,
     write_tokens,
 )
@@ -2882,8 +2883,9 @@ def compare_caches(model, ids, factories, chunk=16, timed=8):
     ids (B, T + 1): T tokens are run, the last is only predicted. factories: name -> a function that makes a cache, as
     for enable_kv_cache; the errors count from the first of them.
     """
+    num_heads, head_dim = stored_heads(model)
     sizes = dict(batch_size=len(ids), max_seq_len=ids.shape[1] - 1, num_layers=model.num_layers,
-                 num_heads=model.num_kv_heads, head_dim=model.embed_dim // model.num_heads)
+                 num_heads=num_heads, head_dim=head_dim)
     with ExitStack() as stack:
         caches = {name: stack.enter_context(factory(**sizes)) for name, factory in factories.items()}
         runs, nbytes = run_text(model, ids[:, :-1], caches, chunk, timed), {n: c.nbytes for n, c in caches.items()}

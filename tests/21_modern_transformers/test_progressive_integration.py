@@ -10,7 +10,14 @@ from tinytorch.core.autograd import check_gradients, no_grad
 from tinytorch.core.losses import cross_entropy
 from tinytorch.core.optimizers import AdamW
 from tinytorch.core.tensor import Tensor, apply
-from tinytorch.generation.kv_cache import KVCache, disable_kv_cache, enable_kv_cache, prefill
+from tinytorch.generation.kv_cache import (
+    KVCache,
+    analyze_kvcache_speedup,
+    disable_kv_cache,
+    enable_kv_cache,
+    generation_flops,
+    prefill,
+)
 from tinytorch.models.llama import (
     Llama,
     LlamaAttention,
@@ -26,6 +33,7 @@ from tinytorch.models.llama import (
     swiglu_array,
 )
 from tinytorch.models.transformer import GPT
+from tinytorch.profiling.profiler import Profiler
 
 SCALING = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 OPTIONS = [
@@ -260,6 +268,12 @@ class TestModel:
         assert model.generate(prompts, 7) == alone
         enable_kv_cache(model, batch_size=2)
         assert model.generate(prompts, 7) == alone
+
+    def test_heads_wider_than_their_share_are_counted_and_measured_as_they_are(self):
+        model, per_head = small_llama(head_dim=6), 2 * 11 * 16
+        counted = Profiler().count_flops(model, np.ones((1, 5), int)) - 4 * per_head  # its head runs for every token
+        assert generation_flops(model, 5, 1, cached=False) == generation_flops(model, 5, 1, cached=True) == counted > 0
+        assert analyze_kvcache_speedup(model, lengths=(5,), max_new_tokens=3, repeats=1)[0]["same_tokens"]
 
     def test_it_is_a_gpt_with_the_same_door(self):
         model = small_llama()

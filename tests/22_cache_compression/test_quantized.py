@@ -27,6 +27,7 @@ from tinytorch.generation.kv_cache import (
     prefill,
     random_gpt,
 )
+from tinytorch.models.llama import Llama
 
 B, H, D = 2, 3, 8
 FORMATS = [(bits, axis) for bits in (8, 4, 2) for axis in ("token", "channel")]
@@ -465,6 +466,12 @@ def test_compare_caches_measures_what_it_says(capsys):
     assert full.nbytes == 2 * 3 * 2 * 2 * 32 * 8 * 4 and quantized.nbytes < full.nbytes / 2
     assert quantized.logit_error > 0.01 and all(report.seconds > 0 for report in (full, same, quantized))
     assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_compare_caches_takes_heads_wider_than_their_share():
+    model = Llama(11, 16, 2, 4, 24, num_kv_heads=2, head_dim=6, rng=np.random.default_rng(0)).eval()
+    (report,) = compare_caches(model, np.arange(18).reshape(2, 9) % 11, {"full": KVCache}, timed=3)
+    assert report.nbytes == 2 * 2 * 2 * 2 * 8 * 6 * 4
 
 
 def test_caches_take_turns_and_none_always_follows_the_same_one(monkeypatch):

@@ -260,16 +260,19 @@ def load_again(pair, folder):
 
 
 EDGES = [
-    ("gpt2", dict(n_embd=5, n_head=1, n_layer=1, n_inner=3, n_positions=2)),
+    ("gpt2", dict(n_embd=5, n_head=1, n_layer=1, n_inner=3, n_positions=2,
+                  layer_norm_epsilon=0.03)),
     ("gpt2", dict(n_embd=3, n_head=3, n_layer=2, vocab_size=1, n_positions=7)),
     ("gpt2", dict(n_embd=1, n_head=1, n_layer=1, vocab_size=2, n_positions=1, tie_word_embeddings=False)),
     ("llama", dict(hidden_size=4, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1,
                    num_key_value_heads=1, max_position_embeddings=2)),
     ("llama", dict(hidden_size=7, intermediate_size=3, num_attention_heads=7, num_key_value_heads=1, head_dim=2,
-                   vocab_size=1, max_position_embeddings=9)),
+                   vocab_size=1, max_position_embeddings=9,
+                   rms_norm_eps=0.02)),
     ("llama 3", dict(hidden_size=9, intermediate_size=5, num_attention_heads=3, num_key_value_heads=3, head_dim=10,
                      max_position_embeddings=11, attention_bias=True)),
-    ("qwen2", dict(hidden_size=11, num_attention_heads=5, num_key_value_heads=5, head_dim=6, num_hidden_layers=1)),
+    ("qwen2", dict(hidden_size=11, num_attention_heads=5, num_key_value_heads=5, head_dim=6, num_hidden_layers=1,
+                   rms_norm_eps=0.03)),
     ("qwen2", dict(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=3, intermediate_size=2,
                    max_position_embeddings=1)),
 ]  # fmt: skip

@@ -30,6 +30,7 @@ def random_model(kind):
         "llama 3": lambda: Llama(**sizes, head_dim=4, rope_theta=50.0, rope_scaling=SCALED, tie_weights=True),
         "llama biased": lambda: Llama(**sizes, attention_bias=True, out_bias=True, norm_eps=0.01),
         "qwen2": lambda: Llama(**sizes, num_kv_heads=2, head_dim=4, attention_bias=True),
+        "mistral": lambda: Llama(**sizes, num_kv_heads=2, window=3),
     }[kind]()
     for parameter in model.parameters():
         parameter.data += 0.2 * rng.standard_normal(parameter.shape, dtype=np.float32)
@@ -80,7 +81,7 @@ def embedding_of(folder):
     return "transformer.wte.weight" if folder.name == "gpt2" else "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2 untied", "llama", "llama 3", "llama biased", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 untied", "llama", "llama 3", "llama biased", "qwen2", "mistral"])
 def test_saved_and_loaded_is_the_same(kind, tmp_path):
     ours = random_model(kind)
     save_checkpoint(ours, tmp_path / "m")
@@ -134,7 +135,8 @@ def test_what_cannot_be_saved(tmp_path):
     sizes = (11, 12, 1, 6, 16)
     for model, fragment in [(sick, "layers.1.mlp.up_proj.weight of shape (20, 12)"), (MLP(4), "MLP"),
                             (GPT(*sizes, num_kv_heads=2), "key head"),
-                            (Llama(*sizes, out_bias=True), "out_bias")]:  # fmt: skip
+                            (Llama(*sizes, out_bias=True), "out_bias"),
+                            (Llama(*sizes, attention_bias=True, window=3), "window (3)")]:  # fmt: skip
         with pytest.raises(CheckpointError) as caught:
             save_checkpoint(model, tmp_path / "m")
         assert fragment in str(caught.value)
@@ -304,6 +306,26 @@ def test_an_odd_value_in_the_configuration_is_an_error_or_harmless(data, saved, 
         assert load_checkpoint(folder)(IDS).shape == (2, 5, 11)
     except CheckpointError as error:
         assert "config.json" in str(error)
+
+
+@pytest.mark.parametrize("value, window", [(3, 3), (99, 99), (None, None), ("absent", 4096)])
+def test_how_far_a_mistral_looks_back(value, window, tmp_path):
+    model = random_model("mistral")
+    save_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("sliding_window") == 3 and config["architectures"] == ["MistralForCausalLM"]
+    config |= {} if value == "absent" else {"sliding_window": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.window == loaded.blocks[1].attention.window == window
+    assert (loaded(IDS).numpy() == model(IDS).numpy()).all(axis=(0, 2)).tolist() == [True] * 3 + [window == 3] * 2
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
+def test_a_window_that_is_none(value, tmp_path):
+    save_checkpoint(random_model("mistral"), tmp_path)
+    edit(tmp_path, sliding_window=value)
+    refused(tmp_path, "config.json", "sliding_window", repr(value))
 
 
 def test_an_architecture_that_is_unknown(folder):

@@ -10,6 +10,7 @@ import pytest
 
 from tinytorch.core.autograd import no_grad
 from tinytorch.generation.kv_cache import KVCache, enable_kv_cache
+from tinytorch.models.llama import Llama
 from tinytorch.models.transformer import GPT
 from tinytorch.viewer.cache_explorer import NOT_VISIBLE, CacheExplorer, multiplications
 
@@ -48,6 +49,18 @@ def test_each_step_equals_the_cache_of_a_run_by_hand(model, explorer):
         assert step["tokens_cached"] == cache.seq_pos and step["rows"] == len(new)
         assert step["used_bytes"] == 2 * L * H_KV * D * 4 * cache.seq_pos
         assert step["written"] == [[new] * H_KV] * L
+
+
+def test_a_model_whose_heads_are_wider_than_their_share():
+    model = Llama(V, E, L, H, 32, num_kv_heads=H_KV, head_dim=6, window=3, rng=np.random.default_rng(0))
+    recording = CacheExplorer.record(model, PROMPT, NEW).recording
+    assert recording["tokens"] == [str(token) for token in model.generate(PROMPT, NEW)]
+    weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    for step in recording["steps"]:
+        keys = step["tokens_cached"]
+        assert step["multiplications_without"] == keys * (weights + L * H * 6 * 2 * keys) + V * E
+        assert all(w == NOT_VISIBLE for head in step["weights"][0] for w in head[: keys - 3])
+        assert all(w != NOT_VISIBLE for head in step["weights"][0] for w in head[keys - 3 : keys])
 
 
 def test_a_given_cache_is_recorded_and_must_be_empty(model, explorer):

@@ -927,10 +927,11 @@ def generation_flops(model, prompt_len, max_new_tokens, cached):
     """Floating-point operations (2 per multiply-add) of the matrix products while the model generates."""
     weights = sum(p.size for block in model.blocks for p in block.parameters() if p.ndim == 2)
     flops = 2 * model.vocab_size * model.embed_dim * max_new_tokens  # the head, on the last position only
+    width = model.num_heads * stored_heads(model)[1]
     for i in range(max_new_tokens):
         seq_len = prompt_len + i
         rows = 1 if cached and i else seq_len
-        flops += rows * (2 * weights + 4 * model.num_layers * model.embed_dim * seq_len)
+        flops += rows * (2 * weights + 4 * model.num_layers * width * seq_len)
     return flops
 
 
@@ -942,7 +943,7 @@ def analyze_kvcache_speedup(model=None, lengths=(16, 64, 128, 256), max_new_toke
     max(lengths) + max_new_tokens tokens fit (default: 4 layers, 128 wide). Speed-ups are measured, never computed.
     """
     model = model_to_measure(model, max(lengths) + max_new_tokens)
-    cache = KVCache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, model.embed_dim // model.num_heads)
+    cache = KVCache(1, model.max_seq_len, model.num_layers, *stored_heads(model))
     print(f"{'prompt':>6} {'without':>10} {'with':>10} {'speed-up':>9} {'by count':>9}  same tokens")
     rows = []
     for length in lengths:

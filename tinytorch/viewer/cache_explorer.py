@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinytorch.core.attention import attention_weights
-from tinytorch.generation.kv_cache import create_kv_cache, original
+from tinytorch.generation.kv_cache import create_kv_cache, original, stored_heads
 from tinytorch.models.transformer import evaluating
 
 __all__ = ["CacheExplorer", "multiplications", "record_generation"]
@@ -28,7 +28,7 @@ def multiplications(model, num_rows, num_keys):
     The output head runs for the last row only. Norms, GELU and softmax are not counted.
     """
     matrices = sum(p.data.size for block in model.blocks for _, p in block.named_parameters() if p.data.ndim == 2)
-    attention = 2 * model.num_layers * model.embed_dim * num_keys
+    attention = 2 * model.num_layers * model.num_heads * stored_heads(model)[1] * num_keys
     return num_rows * (matrices + attention) + model.head.weight.data.size
 
 
@@ -80,8 +80,7 @@ def record_generation(model, prompt, max_new_tokens, decode=str, cache=None):
                          f"max_seq_len={model.max_seq_len}; at least one of each is needed")
     attentions, notes, ids, steps = [block.attention for block in model.blocks], [], list(prompt), []
     if cache is None:
-        head_dim = model.embed_dim // model.num_heads
-        cache = create_kv_cache(1, model.max_seq_len, model.num_layers, model.num_kv_heads, head_dim)
+        cache = create_kv_cache(1, model.max_seq_len, model.num_layers, *stored_heads(model))
     if cache.seq_pos or cache.batch_size != 1:
         raise ValueError(f"an empty cache for one row is needed, not {cache!r}")
     try:
