@@ -282,6 +282,8 @@ class TestModel:
             model(np.zeros(25, int))
         with pytest.raises(ValueError, match="max_seq_len"):
             model.generate([1] * 20, 5)
+        with pytest.raises(ValueError, match="window is 1 or more"):
+            small_llama(window=0)
         cache = KVCache(1, 40, 3, 2, 4)
         prefill(model, np.ones((1, 24), int), cache)
         with pytest.raises(ValueError, match="position 24"), no_grad():

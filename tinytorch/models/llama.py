@@ -269,6 +269,8 @@ class LlamaAttention(MultiHeadAttention):
 
     def __init__(self, embed_dim, num_heads, rotary_embedding, num_kv_heads=None, bias=False, out_bias=False,
                  window=None, rng=None):
+        if window is not None and window < 1:
+            raise ValueError(f"a token sees at least itself: window is 1 or more, or None for all; got {window}")
         self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, True
         self.num_kv_heads, self.head_dim = head_sizes(num_heads * rotary_embedding.head_dim, num_heads, num_kv_heads)
         packed_heads = num_heads + 2 * self.num_kv_heads
