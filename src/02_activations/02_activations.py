@@ -530,6 +530,19 @@ def test_unit_shift():
 if __name__ == "__main__":
     test_unit_shift()
 
+# %%
+#| export
+def sum_along(x, dim):
+    """The sum along dim, which stays as size 1; of rows as a product with ones, since BLAS adds them faster.
+
+    >>> sum_along(np.array([[1.0, 2.0], [3.0, 4.0]]), -1)
+    array([[3.],
+           [7.]])
+    """
+    if dim in (-1, x.ndim - 1):
+        return np.vecdot(x, np.ones(x.shape[-1], x.dtype))[..., None]
+    return np.add.reduce(x, axis=dim, keepdims=True)
+
 # %% [markdown]
 """
 **Build** softmax itself: shift, `exp`, divide by the sum along `dim`.
@@ -554,8 +567,7 @@ def softmax_array(x, dim=-1):
     ### BEGIN SOLUTION
     shares = shift_array(x, dim)
     np.exp(shares, out=shares)
-    total = np.add.reduce(shares, axis=dim, keepdims=True)
-    shares /= np.maximum(total, 1)
+    shares /= np.maximum(sum_along(shares, dim), 1)
     return shares
     ### END SOLUTION
 
@@ -647,8 +659,7 @@ def log_softmax_array(x, dim=-1):
     x = as_float(x)
     ### BEGIN SOLUTION
     shifted = shift_array(x, dim)
-    total = np.add.reduce(np.exp(shifted), axis=dim, keepdims=True)
-    shifted -= np.log(np.maximum(total, 1))
+    shifted -= np.log(np.maximum(sum_along(np.exp(shifted), dim), 1))
     return shifted
     ### END SOLUTION
 

@@ -815,7 +815,7 @@ def linear_rule(grad, output, x, weight, bias=None):
     grads = (
         lambda: (slopes @ weight).reshape(x.shape),
         lambda: slopes.T @ rows,  # (out, N) @ (N, in) -> (out, in)
-        lambda: np.add.reduce(slopes, axis=0),
+        lambda: np.ones(len(slopes), slopes.dtype) @ slopes,  # their sum; BLAS adds faster than np.add.reduce
     )
     return grads[:2] if bias is None else grads
 
@@ -1111,8 +1111,10 @@ if __name__ == "__main__":
 """
 ## 8. The walk
 
-Three helpers first. `parents_of` lists the inputs that want a gradient, and complains before anything has been
-changed. `local_gradients` asks the rule and makes the answers fit: shape of the input, dtype of the input.
+Four helpers first. `parents_of` lists the inputs that want a gradient, and complains before anything has been
+changed. `local_gradients` asks the rule and makes the answers fit: shape of the input, dtype of the input. An
+array that others may hold as well is only **lent**: it comes as a view that cannot be written to. What a rule
+computes on demand is new, and given away.
 """
 
 # %%
@@ -1133,9 +1135,16 @@ def parents_of(tensor):
     return [x for x in node.inputs if isinstance(x, Tensor) and x.requires_grad]
 
 
+def lend(array):
+    """A view of an array that cannot be written to: who wants to keep it makes a copy."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
 def fit(grad, array, op):
     """A rule's gradient with the shape and the dtype of the input it belongs to."""
-    grad = np.asarray(grad() if callable(grad) else grad)
+    grad = np.asarray(grad()) if callable(grad) else lend(grad)
     if grad.shape != array.shape:
         if grad.ndim < array.ndim or any(n not in (1, m) for n, m in zip(array.shape[::-1], grad.shape[::-1])):
             raise ValueError(f"the rule of {op.__name__} gave shape {grad.shape} for an input of shape {array.shape}.")
@@ -1145,7 +1154,7 @@ def fit(grad, array, op):
 
 def local_gradients(node, grad):
     """Pairs (input, its gradient) for the inputs of one operation that want one."""
-    results = RULES[node.op](grad, node.output, *unwrap(node.inputs), **node.params)
+    results = RULES[node.op](lend(grad), node.output, *unwrap(node.inputs), **node.params)
     return [
         (x, fit(result, x.data, node.op))
         for x, result in zip(node.inputs, results)
@@ -1158,8 +1167,8 @@ The walk ends at **leaves**: Tensors that no operation made, such as weights. Th
 `leaf.grad`, a Tensor. If there is one already, the new one is **added**: a batch too large for memory can then
 be run in two halves. (That is also why training sets gradients to None before each step.)
 
-**Build** `accumulate`. The first gradient must be a copy: the array that arrives may belong to another leaf as
-well.
+**Build** `accumulate`. The first gradient must be a copy where the array is only lent, for then it may belong
+to another leaf as well. One that is writeable, `grad.flags.writeable`, is a gift: no copy needed.
 """
 
 # %% nbgrader={"grade": false, "grade_id": "05-accumulate", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1170,7 +1179,7 @@ def accumulate(leaf, grad):
         raise TypeError(f"a Tensor of {leaf.dtype} cannot hold a gradient: make it with dtype=np.float32.")
     ### BEGIN SOLUTION
     if leaf.grad is None:
-        leaf.grad = Tensor(grad.copy(), dtype=leaf.dtype)
+        leaf.grad = Tensor(grad if grad.flags.writeable else grad.copy(), dtype=leaf.dtype)
     else:
         leaf.grad.data += grad
     ### END SOLUTION
@@ -1179,12 +1188,12 @@ def accumulate(leaf, grad):
 def test_unit_accumulate():
     """The oracle is addition; np.shares_memory looks for a shared array."""
     first, second = Tensor([0.0, 0.0], requires_grad=True), Tensor([0.0, 0.0], requires_grad=True)
-    arriving = np.array([1.0, 2.0], dtype=np.float32)
+    arriving = lend(np.array([1.0, 2.0], dtype=np.float32))
     accumulate(first, arriving)
     accumulate(second, arriving)
     assert isinstance(first.grad, Tensor), f"grad is {type(first.grad).__name__}, need a Tensor"
     assert first.grad.shape == (2,) and first.grad.dtype == np.float32, f"got {first.grad!r}"
-    assert not np.shares_memory(first.grad.data, second.grad.data), "two leaves share one gradient: copy what arrives"
+    assert not np.shares_memory(first.grad.data, second.grad.data), "two leaves share one gradient: copy what is lent"
     accumulate(first, np.array([10.0, 20.0], dtype=np.float32))
     assert first.grad.data.tolist() == [11.0, 22.0], (
         f"[1, 2] and then [10, 20]: got {first.grad.data.tolist()}, expected [11, 22]: "
@@ -1212,7 +1221,7 @@ the order (`order.pop()`). For each:
 2. a leaf (node None): accumulate;
 3. otherwise mark it `FREED`, so that the node and the arrays it holds can go at once, and deliver the
    `local_gradients`: **add** where something was delivered already, and never in place (the array may be
-   somebody else's).
+   lent, and NumPy then says "read-only").
 
 A gradient can also be missing (None), when a rule gave none: then there is nothing to do but free the node.
 
@@ -1264,10 +1273,7 @@ def test_unit_backpropagate():
     total = recorded(lambda: (w + bias) + w)
     backpropagate(total, one(total))
     assert w.grad.data.tolist() == [2.0, 2.0], f"w is used twice: got {w.grad.data.tolist()}, expected [2, 2]"
-    assert bias.grad.data.tolist() == [1.0, 1.0], (
-        f"bias is used once: got {bias.grad.data.tolist()}, expected [1, 1]: "
-        "+= in place changed an array that w and bias share"
-    )
+    assert bias.grad.data.tolist() == [1.0, 1.0], f"bias is used once: got {bias.grad.data.tolist()}, expected [1, 1]"
     ### BEGIN HIDDEN TESTS
     x = Tensor(1.0, requires_grad=True)
     y = x
@@ -1307,7 +1313,7 @@ def backward(tensor, gradient=None):
             f"backward() without a gradient needs a single number, this Tensor has shape {tensor.shape}. "
             "Reduce it with sum() or mean(), or pass backward(gradient) with a gradient of that shape."
         )
-    grad = np.ones_like(tensor.data) if gradient is None else np.asarray(gradient, dtype=tensor.dtype)
+    grad = lend(np.ones_like(tensor.data) if gradient is None else np.asarray(gradient, dtype=tensor.dtype))
     if grad.shape != tensor.shape:
         raise ValueError(f"backward(gradient) needs the shape of the Tensor, {tensor.shape}, got {grad.shape}.")
     backpropagate(tensor, grad)

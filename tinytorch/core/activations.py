@@ -12,6 +12,7 @@ __all__ = [
     "SQRT_2_OVER_PI",
     "gelu_array",
     "shift_array",
+    "sum_along",
     "softmax_array",
     "log_softmax_array",
     "relu",
@@ -126,7 +127,20 @@ def shift_array(x, dim):
     return x - peak
 
 
-# %% cell 43 (02-softmax)
+# %% cell 42
+def sum_along(x, dim):
+    """The sum along dim, which stays as size 1; of rows as a product with ones, since BLAS adds them faster.
+
+    >>> sum_along(np.array([[1.0, 2.0], [3.0, 4.0]]), -1)
+    array([[3.],
+           [7.]])
+    """
+    if dim in (-1, x.ndim - 1):
+        return np.vecdot(x, np.ones(x.shape[-1], x.dtype))[..., None]
+    return np.add.reduce(x, axis=dim, keepdims=True)
+
+
+# %% cell 44 (02-softmax)
 def softmax_array(x, dim=-1):
     """Turn scores into shares that are positive and sum to 1 along dim; same shape as x.
 
@@ -139,12 +153,11 @@ def softmax_array(x, dim=-1):
     x = as_float(x)
     shares = shift_array(x, dim)
     np.exp(shares, out=shares)
-    total = np.add.reduce(shares, axis=dim, keepdims=True)
-    shares /= np.maximum(total, 1)
+    shares /= np.maximum(sum_along(shares, dim), 1)
     return shares
 
 
-# %% cell 51 (02-log-softmax)
+# %% cell 52 (02-log-softmax)
 def log_softmax_array(x, dim=-1):
     """Return the logarithm of softmax, without ever taking the logarithm of a share; same shape as x.
 
@@ -153,12 +166,11 @@ def log_softmax_array(x, dim=-1):
     """
     x = as_float(x)
     shifted = shift_array(x, dim)
-    total = np.add.reduce(np.exp(shifted), axis=dim, keepdims=True)
-    shifted -= np.log(np.maximum(total, 1))
+    shifted -= np.log(np.maximum(sum_along(np.exp(shifted), dim), 1))
     return shifted
 
 
-# %% cell 56
+# %% cell 57
 def relu(x):
     """ReLU of a Tensor: max(x, 0)."""
     return apply(relu_array, x)
@@ -184,7 +196,7 @@ def silu(x):
     return apply(silu_array, x)
 
 
-# %% cell 58 (02-door)
+# %% cell 59 (02-door)
 def softmax(x, dim=-1):
     """Softmax of a Tensor along dim."""
     return apply(softmax_array, x, dim=dim)
@@ -195,7 +207,7 @@ def log_softmax(x, dim=-1):
     return apply(log_softmax_array, x, dim=dim)
 
 
-# %% cell 62
+# %% cell 63
 class Activation:
     """A layer without parameters: calling it runs forward."""
 
@@ -223,7 +235,7 @@ class Sigmoid(Activation):
         return sigmoid(x)
 
 
-# %% cell 63
+# %% cell 64
 class Tanh(Activation):
     """The hyperbolic tangent as a module."""
 
@@ -245,7 +257,7 @@ class SiLU(Activation):
         return silu(x)
 
 
-# %% cell 65 (02-softmax-module)
+# %% cell 66 (02-softmax-module)
 class Softmax(Activation):
     """Softmax along dim as a module."""
 

@@ -31,6 +31,7 @@ import math
 
 import numpy as np
 
+from tinytorch.core.activations import sum_along
 from tinytorch.core.autograd import gradient
 from tinytorch.core.layers import Dropout, Linear, Module
 from tinytorch.core.tensor import Tensor, apply
@@ -63,7 +64,7 @@ def masked_softmax_array(scores, visible=None):
         scores += np.where(visible, np.float32(0), np.float32(-np.inf))
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True, initial=lowest)
     np.exp(scores, out=scores)
-    scores /= np.maximum(np.add.reduce(scores, axis=-1, keepdims=True), 1)
+    scores /= np.maximum(sum_along(scores, -1), 1)
     return scores
 
 

@@ -33,7 +33,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from tinytorch.core.activations import gelu
+from tinytorch.core.activations import gelu, sum_along
 from tinytorch.core.attention import MultiHeadAttention
 from tinytorch.core.autograd import gradient, no_grad
 from tinytorch.core.embeddings import Embedding, PositionalEncoding
@@ -51,7 +51,7 @@ def normalize_array(x, eps=1e-5):
     (array([-1., -1.,  1.,  1.]), array([1.]))
     """
     size = x.shape[-1]
-    centered = x - np.add.reduce(x, axis=-1, keepdims=True) / size
+    centered = x - sum_along(x, -1) / size
     variance = np.vecdot(centered, centered)[..., None] / size
     factor = 1 / np.sqrt(variance + eps)
     centered *= factor
@@ -78,9 +78,9 @@ def layer_norm_rule(grad, output, x, weight, bias, eps=1e-5):
     size = x.shape[-1]
     h = grad * weight
     grad_weight = np.einsum("re,re->e", grad.reshape(-1, size), n.reshape(-1, size))  # r: all rows
-    grad_bias = np.add.reduce(grad.reshape(-1, size), axis=0)
+    grad_bias = np.einsum("re->e", grad.reshape(-1, size))
     along_n = np.vecdot(h, n)[..., None] / size
-    h -= np.add.reduce(h, axis=-1, keepdims=True) / size
+    h -= sum_along(h, -1) / size
     n *= along_n
     h -= n
     h *= factor
