@@ -37,25 +37,27 @@ def image_batches(seed=0):
 
 
 def gpt():
-    """Our GPT of lesson 13 with AdamW."""
+    """Our GPT of lesson 13 with AdamW; this process keeps freed memory (lesson 07, keep_memory)."""
     from tinytorch.core.losses import cross_entropy
     from tinytorch.core.optimizers import AdamW
-    from tinytorch.core.training import train_step
+    from tinytorch.core.training import keep_memory, train_step
     from tinytorch.models.transformer import GPT
 
+    keep_memory()
     model = GPT(VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, SEQ_LEN, rng=np.random.default_rng(0))
     optimizer = AdamW(model.parameters(), lr=1e-3)
     return text_batches(), lambda batch: train_step(model, optimizer, cross_entropy, *batch)
 
 
 def mlp():
-    """Our 784-128-10 network with ReLU and SGD."""
+    """Our 784-128-10 network with ReLU and SGD; this process keeps freed memory (lesson 07, keep_memory)."""
     from tinytorch.core.activations import ReLU
     from tinytorch.core.layers import Linear, Sequential
     from tinytorch.core.losses import cross_entropy
     from tinytorch.core.optimizers import SGD
-    from tinytorch.core.training import train_step
+    from tinytorch.core.training import keep_memory, train_step
 
+    keep_memory()
     rng = np.random.default_rng(0)
     model = Sequential(Linear(PIXELS, HIDDEN, rng=rng), ReLU(), Linear(HIDDEN, CLASSES, rng=rng))
     optimizer = SGD(model.parameters(), lr=0.05)

@@ -32,10 +32,12 @@ __all__ = [
     "interrupts_noted",
     "Trainer",
     "matching_states",
+    "keep_memory",
 ]
 
 
 # %% cell 2
+import ctypes
 import io
 import json
 import math
@@ -466,3 +468,17 @@ def matching_states(saved, live):
         if name in saved and saved[name]["bit_generator"] != kind:
             raise ValueError(f"the generator {name} was {saved[name]['bit_generator']}, and is {kind} now")
     return [(rng, saved[name]) for name, rng in live.items() if name in saved]
+
+
+# %% cell 68
+def keep_memory():
+    """Let the C library keep freed memory until the process ends; False where it has no such switch (glibc has).
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
+        return False
+    own_mapping, trim = -3, -1  # from this size on an array gets a mapping of its own; so much may lie idle
+    return bool((mallopt(own_mapping, 1 << 30) or mallopt(own_mapping, 1 << 25)) and mallopt(trim, 2**31 - 1))

@@ -16,7 +16,7 @@ import numpy as np
 from tinytorch.core.losses import CrossEntropyLoss
 from tinytorch.core.optimizers import AdamW
 from tinytorch.core.tensor import manual_seed
-from tinytorch.core.training import CosineSchedule, Trainer
+from tinytorch.core.training import CosineSchedule, Trainer, keep_memory
 from tinytorch.demo import language
 from tinytorch.models.transformer import GPT
 from tinytorch.text.tokenization import BPETokenizer
@@ -48,6 +48,7 @@ def train(out: Path, steps: int) -> float:
         schedule=CosineSchedule(MAX_LR, steps, warmup_steps=steps // 20, min_lr=MAX_LR / 20),
         max_grad_norm=1.0,
     )
+    keep_memory()  # this process only trains: its large arrays need not go back to the kernel after each step
     started = time.perf_counter()
     trainer.fit(lambda step: batch(training, step), steps)
     seconds = time.perf_counter() - started
