@@ -1,10 +1,13 @@
 """keep_memory in a process of its own: the kernel's count of page faults is the oracle."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import tinytorch
 
 COUNT = """
 import resource, sys
@@ -24,8 +27,8 @@ print(kept, sum(faults() for _ in range(5)))
 
 def count(word):
     pytest.importorskip("resource", reason="the kernel's counts are read through a Unix module")
-    command = [sys.executable, "-c", COUNT, word]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": str(Path(tinytorch.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", COUNT, word], env=environment, capture_output=True, text=True, check=True)
     kept, faults = done.stdout.split()
     return kept == "True", int(faults)
 
