@@ -382,7 +382,7 @@ given. **Build** the rest of `blocks`.
 
 # %% nbgrader={"grade": false, "grade_id": "06-blocks", "locked": false, "schema_version": 3, "solution": true, "task": false}
 #| export
-BLOCK = 1 << 16  # numbers per piece: 256 KiB of float32
+BLOCK = 1 << 17  # numbers per piece: 512 KiB of float32
 
 
 def blocks(*arrays, size=BLOCK):

@@ -28,8 +28,7 @@ print(kept, sum(faults() for _ in range(5)))
 def count(word):
     pytest.importorskip("resource", reason="the kernel's counts are read through a Unix module")
     environment = {**os.environ, "PYTHONPATH": str(Path(tinytorch.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", COUNT, word], env=environment, capture_output=True, text=True, check=True)
-    kept, faults = done.stdout.split()
+    kept, faults = subprocess.check_output([sys.executable, "-c", COUNT, word], env=environment, text=True).split()
     return kept == "True", int(faults)
 
 

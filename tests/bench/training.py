@@ -12,7 +12,7 @@ PIXELS, HIDDEN, CLASSES, ROWS = 784, 128, 10, 64
 
 
 def text_batches(seed=0):
-    """A function that draws (ids, next ids), both (B, T), from the statistics of a text: few words make up most of it."""
+    """A function that draws (ids, next ids), both (B, T): as in a text, few words make up most of it."""
     rng = np.random.default_rng(seed)
     shares = 1 / np.arange(1, VOCAB_SIZE + 1)
     ends = np.cumsum(shares / shares.sum())
@@ -131,4 +131,5 @@ def torch_mlp():
     return image_batches(), torch_stepper(model, torch.optim.SGD(model.parameters(), lr=0.05))
 
 
+# workload: ours, PyTorch's, and the ratio of their times that we want at most
 WORKLOADS = {"training step, small GPT": (gpt, torch_gpt, 1.25), "training step, MLP": (mlp, torch_mlp, 0.8)}

@@ -127,20 +127,20 @@ def shift_array(x, dim):
     return x - peak
 
 
-# %% cell 42
+# %% cell 43
 def sum_along(x, dim):
-    """The sum along dim, which stays as size 1; of rows as a product with ones, since BLAS adds them faster.
+    """The sum along dim, which stays as size 1.
 
     >>> sum_along(np.array([[1.0, 2.0], [3.0, 4.0]]), -1)
     array([[3.],
            [7.]])
     """
-    if dim in (-1, x.ndim - 1):
+    if x.size > 4096 and dim in (-1, x.ndim - 1):
         return np.vecdot(x, np.ones(x.shape[-1], x.dtype))[..., None]
     return np.add.reduce(x, axis=dim, keepdims=True)
 
 
-# %% cell 44 (02-softmax)
+# %% cell 45 (02-softmax)
 def softmax_array(x, dim=-1):
     """Turn scores into shares that are positive and sum to 1 along dim; same shape as x.
 
@@ -157,7 +157,7 @@ def softmax_array(x, dim=-1):
     return shares
 
 
-# %% cell 52 (02-log-softmax)
+# %% cell 53 (02-log-softmax)
 def log_softmax_array(x, dim=-1):
     """Return the logarithm of softmax, without ever taking the logarithm of a share; same shape as x.
 
@@ -170,7 +170,7 @@ def log_softmax_array(x, dim=-1):
     return shifted
 
 
-# %% cell 57
+# %% cell 58
 def relu(x):
     """ReLU of a Tensor: max(x, 0)."""
     return apply(relu_array, x)
@@ -196,7 +196,7 @@ def silu(x):
     return apply(silu_array, x)
 
 
-# %% cell 59 (02-door)
+# %% cell 60 (02-door)
 def softmax(x, dim=-1):
     """Softmax of a Tensor along dim."""
     return apply(softmax_array, x, dim=dim)
@@ -207,7 +207,7 @@ def log_softmax(x, dim=-1):
     return apply(log_softmax_array, x, dim=dim)
 
 
-# %% cell 63
+# %% cell 64
 class Activation:
     """A layer without parameters: calling it runs forward."""
 
@@ -235,7 +235,7 @@ class Sigmoid(Activation):
         return sigmoid(x)
 
 
-# %% cell 64
+# %% cell 65
 class Tanh(Activation):
     """The hyperbolic tangent as a module."""
 
@@ -257,7 +257,7 @@ class SiLU(Activation):
         return silu(x)
 
 
-# %% cell 66 (02-softmax-module)
+# %% cell 67 (02-softmax-module)
 class Softmax(Activation):
     """Softmax along dim as a module."""
 

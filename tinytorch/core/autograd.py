@@ -356,13 +356,13 @@ def gelu_rule(grad, output, x):
     t += c
     t *= x
     np.tanh(t, out=t)
-    square *= 3 * 0.044715 * c
-    square += c
-    square *= x  # x u'
-    square *= 1 - t * t
-    square += t
-    square += 1
-    square *= 0.5
+    square *= 1.5 * 0.044715 * c
+    square += 0.5 * c
+    square *= x  # x u' / 2
+    square *= 1 - t
+    square += 0.5
+    t += 1
+    square *= t
     square *= grad
     return (square,)
 
@@ -573,7 +573,7 @@ def backward(tensor, gradient=None):
             f"backward() without a gradient needs a single number, this Tensor has shape {tensor.shape}. "
             "Reduce it with sum() or mean(), or pass backward(gradient) with a gradient of that shape."
         )
-    grad = lend(np.ones_like(tensor.data) if gradient is None else np.asarray(gradient, dtype=tensor.dtype))
+    grad = lend(np.ones(tensor.shape, tensor.dtype) if gradient is None else np.asarray(gradient, dtype=tensor.dtype))
     if grad.shape != tensor.shape:
         raise ValueError(f"backward(gradient) needs the shape of the Tensor, {tensor.shape}, got {grad.shape}.")
     backpropagate(tensor, grad)

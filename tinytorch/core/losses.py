@@ -109,8 +109,8 @@ def cross_entropy_array(logits, target, ignore_index=-100):
         flat = flat[rows]
     shifted = shift_array(flat, -1)
     picked = pick_array(shifted, ids)
-    total = sum_along(np.exp(shifted, out=shifted), -1)
-    return mean_array(np.log(np.maximum(total[:, 0], 1)) - picked)
+    total = sum_along(np.exp(shifted, out=shifted), -1)[:, 0]
+    return mean_array(np.log(np.maximum(total, 1)) - picked)
 
 
 # %% cell 36

@@ -73,7 +73,7 @@ def with_weight_decay(grad, weight, weight_decay):
 
 
 # %% cell 29 (06-blocks)
-BLOCK = 1 << 16  # numbers per piece: 256 KiB of float32
+BLOCK = 1 << 17  # numbers per piece: 512 KiB of float32
 
 
 def blocks(*arrays, size=BLOCK):

@@ -51,7 +51,7 @@ def normalize_array(x, eps=1e-5):
     (array([-1., -1.,  1.,  1.]), array([1.]))
     """
     size = x.shape[-1]
-    centered = x - sum_along(x, -1) / size
+    centered = x - np.vecdot(x, np.full(size, 1 / size, x.dtype))[..., None]
     variance = np.vecdot(centered, centered)[..., None] / size
     factor = 1 / np.sqrt(variance + eps)
     centered *= factor
