@@ -8,88 +8,15 @@ import itertools
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from tinytorch.core.training import CheckpointError
-from tinytorch.models.patterns import named_class, translate
+from tinytorch.models.tokenizer.parts import short
+from tinytorch.models.tokenizer.patterns import named_class, translate
 from tinytorch.text.tokenization import character_class, split_text
 
-__all__ = ["Part", "read_decoder", "read_normalizer", "read_post_processor", "read_pre_tokenizer"]
+__all__ = ["read_decoder", "read_normalizer", "read_post_processor", "read_pre_tokenizer"]
 
-STEPS = 32
 LONG_RUN = 64  # combining marks in a row, from which on we sort them ourselves
-
-
-@dataclass(frozen=True)
-class Part:
-    """A value of a JSON file, and where it stands there, so that each error names both."""
-
-    file: Path
-    place: str
-    value: object
-
-    def error(self, problem):
-        return CheckpointError(f"{self.file}: {self.place or 'it'} {problem}")
-
-    def get(self, name, default=None):
-        """The part by this name; absent is as good as null."""
-        value = self.of(dict).get(name)
-        return Part(self.file, f"{self.place}.{name}".lstrip("."), default if value is None else value)
-
-    def parts(self):
-        """The parts of a list."""
-        return [Part(self.file, f"{self.place}[{i}]", value) for i, value in enumerate(self.of(list))]
-
-    def of(self, kind):
-        """The value, which is of this kind."""
-        if type(self.value) is not kind:
-            names = {dict: "an object, {…}", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
-            raise self.error(f"should be {names[kind]}, and is {short(self.value)}")
-        if kind is str and not self.value.isascii():
-            check_surrogates(self, self.value)
-        return self.value
-
-    def id(self):
-        """An id: a whole number, 0 or more."""
-        if self.of(int) < 0 or self.value >= 2**32:
-            raise self.error(f"should be an id, 0 or more, and is {short(self.value)}")
-        return self.value
-
-    def one_of(self, *known):
-        """The value, if it is among those that we know."""
-        if not any(type(self.value) is type(other) and self.value == other for other in known):
-            raise self.error(f"is {short(self.value)}; we know only {', '.join(map(repr, known))}")
-        return self.value
-
-    def row(self, table):
-        """What the table holds for the type of this part."""
-        kind = self.get("type").of(str)
-        if kind not in table:
-            raise self.error(f"is of the type {short(kind)}; we know only {', '.join(table)}")
-        return table[kind]
-
-    def steps(self, name):
-        """The members of a Sequence, or the part itself; none for null."""
-        if self.value is None:
-            return []
-        parts = self.get(name).parts() if self.get("type").value == "Sequence" else [self]
-        if len(parts) > STEPS:
-            raise self.error(f"has {len(parts)} steps; {STEPS} are more than any real one has")
-        return parts
-
-
-def short(value):
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    return text if len(text) < 60 else f"{text[:60]}…"
-
-
-def check_surrogates(part, text):
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise part.error(f"has half of a surrogate pair at character {error.start}, which is no text") from None
 
 
 def pattern_of(part):
@@ -107,21 +34,27 @@ def pattern_of(part):
 
 
 @cache
-def mark_run():
-    """A long run of combining marks, and of the few characters that are made of marks alone."""
+def mark_run(decomposed):
+    """A long run of combining marks, and of the characters that are nothing but marks when decomposed (NFD, NFKD)."""
     everything = map(chr, range(sys.maxunicode + 1))
-    return re.compile(f"[{character_class(c for c in everything if unicodedata.combining(unicodedata.normalize('NFD', c)[0]))}]"
-                      f"{{{LONG_RUN},}}")  # fmt: skip
+    marks = (c for c in everything if unicodedata.combining(unicodedata.normalize(decomposed, c)[0]))
+    return re.compile(f"[{character_class(marks)}]{{{LONG_RUN},}}")
 
 
 def unicode_form(part):
-    """NFC and its relatives. `unicodedata` orders marks in quadratic time, so we sort long runs of them before."""
+    """NFC and its relatives. `unicodedata` orders marks in quadratic time, so long runs of them are sorted before."""
     form = part.value["type"]
+    decomposed = form.replace("C", "D")
 
-    def sort_marks(run):
-        return "".join(sorted(unicodedata.normalize("NFD", "\n".join(run[0])).replace("\n", ""), key=unicodedata.combining))
+    def sorted_marks(run):
+        marks = unicodedata.normalize(decomposed, "\n".join(run[0])).replace("\n", "")
+        return "".join(sorted(marks, key=unicodedata.combining))
 
-    return lambda text: unicodedata.normalize(form, text if text.isascii() else mark_run().sub(sort_marks, text))
+    def normalize(text):
+        text = text if text.isascii() else mark_run(decomposed).sub(sorted_marks, text)
+        return unicodedata.normalize(form, text)
+
+    return normalize
 
 
 def replace(part):

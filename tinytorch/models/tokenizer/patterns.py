@@ -27,6 +27,7 @@ PIECE = re.compile(
 MEMBER = re.compile(r"(?P<name>\\[pP]\{\w+\}|\\[sSdD])|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\]))?", re.DOTALL)
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}
 FOLDS = {"s": "ſ", "k": "\u212a"}  # what is equal to an ASCII letter, beside its other case
+LONGEST = 2000  # characters of a pattern
 LONG, CHOICES = 8, 64  # repeats from here on count as endless; ways through the short ones of one alternative
 
 
@@ -60,6 +61,8 @@ def named_class(name):
 
 def translate(pattern):
     """The compiled pattern; one that we do not know, or that may take too long, is a ValueError that says where."""
+    if len(pattern) > LONGEST:
+        raise ValueError(f"it has {len(pattern)} characters; more than {LONGEST} are not taken")
     alternatives, end = read_alternatives(pattern, 0)
     if end < len(pattern):
         raise ValueError(f"at character {end}: a ) that closes nothing")
