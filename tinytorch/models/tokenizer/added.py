@@ -15,7 +15,7 @@ from tinytorch.text.tokenization import character_class
 __all__ = ["NAMES", "Added", "Finder", "collect_added", "give_ids", "members", "read_named"]
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
+OTHERS = ("additional_special_tokens", "extra_special_tokens")
 LONGEST = 256  # characters of an added token
 
 
@@ -105,24 +105,29 @@ def collect_added(state, config):
         if token.content in added:
             raise part.error(f"adds {short(token.content)} again")
         added[token.content] = token
-    named = [read_named(part) for name in NAMES + MORE_NAMES if name in config for part in members(config[name])]
+    roles = [read_named(config[name]) for name in NAMES if name in config]
+    others = [read_named(part) for name in OTHERS if name in config for part in members(config[name])]
     if "added_tokens_decoder" in config:
         decoder = config["added_tokens_decoder"]
         tokens = [read_added(decoder.get(key), key_id(decoder, key)) for key in decoder.of(dict)]
         added |= {token.content: token for token in sorted(tokens, key=lambda token: token.id)}
     elif "added_tokens" in config:
-        special, older = {token.content for token in named}, config["added_tokens"]
+        special, older = {token.content for token in roles + others}, config["added_tokens"]
         for content in older.value:
             flags = {"content": content, "special": content in special}
             token = read_added(Part(older.file, content, flags), older.get(content).id())
             added.setdefault(content, token)
-    for token in named:
+    for token in roles:
         added[token.content] = replace(added.get(token.content, token), special=True)
+    for token in others:
+        added.setdefault(token.content, token)
     return list(added.values())
 
 
 def members(part):
-    """The members of a list, or the part itself."""
+    """The members of a list or an object, or the value itself."""
+    if isinstance(part.value, dict):
+        return [part.get(name) for name in part.value]
     return part.parts() if isinstance(part.value, list) else [part]
 
 

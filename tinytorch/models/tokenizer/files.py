@@ -84,7 +84,7 @@ QWEN2 = {"normalizer": {"type": "NFC"}, "decoder": {"type": "ByteLevel"},
              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}  # fmt: skip
 CLASSES = {"GPT2Tokenizer": GPT2, "Qwen2Tokenizer": QWEN2}
 MODELS = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", None: "GPT2Tokenizer"}
-END = "<|endoftext|>"  # ends texts, where no other token is named
+END = "<|endoftext|>"  # begins and ends texts, where no other token is named
 
 
 def gpt2_state(folder, config):
@@ -99,7 +99,7 @@ def gpt2_state(folder, config):
     if config.get("add_prefix_space", kind).value is True:
         raise config["add_prefix_space"].error(f"is true, which we take only from a {WHOLE}")
     vocab = read_json(folder / VOCAB)
-    for role in NAMES[:2] if name == "GPT2Tokenizer" else NAMES[1:2]:
+    for role in NAMES[:3] if name == "GPT2Tokenizer" else NAMES[1:3]:
         if END in vocab:
             config.setdefault(role, Part(folder / VOCAB, role, END))
     return Part(folder / VOCAB, "", {**CLASSES[name], "model": {"vocab": vocab, "merges": folder / MERGES}})
