@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import typer.core
@@ -31,12 +31,14 @@ class _Ordered(typer.core.TyperGroup):
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-ORDER = ["module", "status", "doctor", "demo", "generate", "serve", "explore", "grade", "dev"]
+ORDER = ["module", "status", "doctor", "demo", "generate", "model", "serve", "explore", "grade", "dev"]
 LOCAL = "127.0.0.1"  # only this machine
 app = typer.Typer(**STYLE, cls=_Ordered, invoke_without_command=True, help=HELP)
 module = typer.Typer(**STYLE, invoke_without_command=True, help="Work on a lesson.")
+model = typer.Typer(**STYLE, invoke_without_command=True, help="Look at a downloaded model.")
 dev = typer.Typer(**STYLE, invoke_without_command=True, help="For those who write lessons.")
 app.add_typer(module, name="module")
+app.add_typer(model, name="model")
 app.add_typer(grade, name="grade")
 app.add_typer(dev, name="dev")
 
@@ -60,6 +62,7 @@ def top(
 
 
 @module.callback()
+@model.callback()
 @dev.callback()
 def _help_if_alone(context: typer.Context) -> None:
     """Without a command, show which there are."""
@@ -161,18 +164,31 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
+    model: Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="A GPT-2, Llama or Qwen2 to run.")] = None,
     checkpoint: Checkpoint = None,
     cache: Annotated[bool, typer.Option(help="Generate with the KV cache.")] = True,
+    cache_dtype: Annotated[Literal["float32", "float16"] | None, typer.Option(help="How it stores numbers.")] = None,
+    window: Annotated[int | None, typer.Option(metavar="N", min=1, help="It keeps the newest N tokens.")] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="Choose among the k likeliest.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed, the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed, the same text.")] = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to generate.")] = 120,
 ) -> int:
-    """Continue a text with the GPT built from your package."""
-    from tito.student import demo as job
+    """Continue a text with a downloaded model, or with the demo's GPT."""
+    from tito.student import generate as job
 
-    return job.run_generate(_course(), prompt, checkpoint, tokens, cache, temperature, top_k, seed)
+    options = {"new": tokens, "temperature": temperature, "top-k": top_k, "seed": seed}
+    options |= {"cache-dtype": cache_dtype, "window": window}
+    return job.run_generate(_course(), prompt, model, checkpoint, cache, options)
+
+
+@model.command()
+def info(directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")], json: Json = False) -> int:
+    """Show what a model is, and how much context fits into memory here."""
+    from tito.student import model as job
+
+    return job.info(_course(), directory, json)
 
 
 @app.command()

@@ -114,6 +114,27 @@ def test_saving_into_a_directory_keeps_its_other_files(folder):
 
 
 @pytest.mark.parametrize("exists", [False, True])
+def test_what_a_text_needs_goes_along(exists, folder, tmp_path):
+    edit(folder, bos_token_id=1, eos_token_id=[2, 3])
+    for name in ("tokenizer.json", "merges.txt", "generation_config.json", "README.md"):
+        (folder / name).write_text(f"this is {name}")
+    new = tmp_path / "new"
+    if exists:
+        save_checkpoint(random_model("gpt2"), new)
+        (new / "tokenizer.json").write_text("old")
+    save_checkpoint(load_checkpoint(folder), new, source=folder)
+    names = ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in new.iterdir()) == names
+    assert all((new / name).read_text() == f"this is {name}" for name in ("tokenizer.json", "generation_config.json"))
+    config = json.loads((new / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, [2, 3], None)
+    save_checkpoint(load_checkpoint(new), new, source=new)
+    assert sorted(path.name for path in new.iterdir()) == names
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        save_checkpoint(random_model("gpt2"), new, source=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("exists", [False, True])
 def test_a_save_that_fails_leaves_all_as_it_was(exists, folder, monkeypatch):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     target = folder if exists else folder.parent / "new"
@@ -253,9 +274,9 @@ CONFIGS = {
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"n_embd": None}, "n_embd"),
         ({"n_head": 5}, "num_heads (5)"),
-        ({"n_layer": 10**9}, "the files hold"),
+        ({"n_layer": 10**9}, "lacks the tensor transformer.h.2."),
         ({"n_positions": True}, "n_positions"),
-        ({"vocab_size": 10**12}, "the files hold"),
+        ({"vocab_size": 10**12}, f"({10**12}, 12)"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
@@ -265,7 +286,7 @@ CONFIGS = {
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 4}, "num_kv_heads (4)"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"head_dim": 3}, "even"),
+        ({"head_dim": 3}, "(18, 12)"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
@@ -275,7 +296,7 @@ CONFIGS = {
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "sliding_window"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"intermediate_size": 2**50}, "the files hold"),
+        ({"intermediate_size": 2**50}, f"({2**50}, 12)"),
     ],
 }
 

@@ -27,9 +27,9 @@ class TestHelp:
     def test_no_command_shows_all_commands_in_a_students_order(self, course):
         done = expect(course.tito(), 0)
         shown = re.findall(r"^  (\w+)", done.stdout.split("Commands:")[1], re.M)
-        assert shown == ["module", "status", "doctor", "demo", "generate", "serve", "explore", "grade", "dev"]
+        assert shown == ["module", "status", "doctor", "demo", "generate", "model", "serve", "explore", "grade", "dev"]
 
-    @pytest.mark.parametrize("group", ["module", "dev"])
+    @pytest.mark.parametrize("group", ["module", "model", "dev"])
     def test_a_group_alone_shows_its_commands(self, course, group):
         assert "Commands:" in expect(course.tito(group), 0).stdout
 
@@ -39,7 +39,7 @@ class TestHelp:
             assert f"tito module {command}" in expect(course.tito("module", command, flag), 0).stdout
 
     def test_no_help_line_is_cut_off(self, course):
-        for arguments in ([], ["module"], ["grade"], ["dev"]):
+        for arguments in ([], ["module"], ["model"], ["grade"], ["dev"]):
             assert "..." not in course.tito(*arguments).stdout.split("Commands:")[1]
 
     def test_version(self, course):
@@ -50,7 +50,7 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["modul"], "Did you mean 'module'?"),
+            (["modul"], "Did you mean 'module'"),
             (["module", "strat", "1"], "Did you mean 'start'?"),
             (["module", "start"], "Missing argument 'LESSON'"),
             (["module", "list", "--jsn"], "--json"),

@@ -25,7 +25,7 @@ from tito.jobs.serving import asked, server  # noqa: E402
 from tito.jobs.serving.app import application  # noqa: E402
 from tito.jobs.serving.engine import Engine  # noqa: E402
 from tito.jobs.serving.fields import ApiError  # noqa: E402
-from tito.jobs.serving.text import Text  # noqa: E402
+from tito.jobs.text import Text  # noqa: E402
 
 BYTES = {i: bytes([i]) for i in range(256)}  # the simplest tokenizer: an id is a byte
 END = 256  # the id that ends a text

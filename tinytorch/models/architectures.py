@@ -1,8 +1,9 @@
 """GPT-2, Llama 2 and 3, Mistral, Qwen2 and Qwen2.5: their configurations as our models, and their names of our weights.
 
-Written by hand, not built from a lesson. `gpt2_places` and `llama_places` are the names: each stands beside the memory
-of our weight, seen in their shape, so that one table serves to load and to save. What our models would compute
-otherwise than their authors' is refused by its name in config.json.
+Written by hand, not built from a lesson. A configuration becomes the sizes of our model, and these the names and shapes
+that the files must hold, before a weight takes memory. `gpt2_places` and `llama_places` show our weights in their names
+and shapes, so that one table serves to load and to save. What our models would compute otherwise than their authors' is
+refused by its name in config.json.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinytorch.core.attention import head_sizes
 from tinytorch.core.layers import Dropout
 from tinytorch.core.training import CheckpointError
 from tinytorch.generation.kv_cache import original
@@ -66,77 +68,53 @@ class Config:
     def flag(self, name, default):
         return self.one_of(name, (False, True), default)
 
-    def check_size(self, needed, held):
-        """Refuse sizes that are far beyond what the files hold, before they take the memory."""
-        if needed > 4 * held + 2**20:
-            raise self.error(f"it describes a model of more than {needed:,} numbers, and the files hold {held:,}")
 
-
-class Blank(np.random.Generator):
-    """A generator that does not spend time on weights, since they come from the file."""
-
-    def __init__(self):
-        super().__init__(np.random.PCG64(0))
-
-    def standard_normal(self, size=None, dtype=np.float32, out=None):
-        return np.zeros(size, np.float32)
-
-    def uniform(self, low=0.0, high=1.0, size=None):
-        return np.zeros(size, np.float32)
-
-
-def build_gpt2(config, held):
-    """A GPT of the sizes in config; `held` is how many numbers the files hold."""
-    vocab, embed_dim, layers = config.whole("vocab_size"), config.whole("n_embd"), config.whole("n_layer")
-    heads, length = config.whole("n_head"), config.whole("n_positions", config.get("n_ctx"))
-    inner = config.whole("n_inner", 4 * embed_dim)
+def gpt2_sizes(config):
+    """The sizes of a GPT, by the names of build_gpt2."""
+    embed_dim, heads = config.whole("n_embd"), config.whole("n_head")
+    num_kv_heads, head_dim = head_sizes(embed_dim, heads)
     config.one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
     config.one_of("scale_attn_weights", (True,), True)
     config.one_of("scale_attn_by_inverse_layer_idx", (False,), False)
     config.one_of("add_cross_attention", (False,), False)
-    epsilon, tied = config.positive("layer_norm_epsilon", 1e-5), config.flag("tie_word_embeddings", True)
-    config.check_size(embed_dim * (vocab + length + layers * (4 * embed_dim + 2 * inner)), held)
-    model = GPT(vocab, embed_dim, layers, heads, length, tie_weights=tied, rng=Blank())
-    if inner != 4 * embed_dim:
-        for block in model.blocks:
-            block.mlp = MLP(embed_dim, inner, rng=Blank())
-    for module in model.modules():
-        if isinstance(module, LayerNorm):
-            module.eps = epsilon
-        elif isinstance(module, Dropout):
-            module.rng = None
-    return model
+    return dict(
+        vocab_size=config.whole("vocab_size"), embed_dim=embed_dim, num_layers=config.whole("n_layer"), num_heads=heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, max_seq_len=config.whole("n_positions", config.get("n_ctx")),
+        hidden_dim=config.whole("n_inner", 4 * embed_dim), norm_eps=config.positive("layer_norm_epsilon", 1e-5),
+        tie_weights=config.flag("tie_word_embeddings", True),
+    )  # fmt: skip
 
 
-def build_llama(config, held, qwen2=False, window=None):
-    """A Llama of the sizes in config; `held` is how many numbers the files hold."""
-    vocab, embed_dim, layers = config.whole("vocab_size"), config.whole("hidden_size"), config.whole("num_hidden_layers")
-    heads, hidden_dim = config.whole("num_attention_heads"), config.whole("intermediate_size")
-    kv_heads = config.whole("num_key_value_heads", heads)
-    head_dim = config.whole("head_dim") if config.get("head_dim") else None
+def llama_sizes(config, qwen2=False, window=None):
+    """The sizes of a Llama, by the names of its constructor."""
+    embed_dim, layers = config.whole("hidden_size"), config.whole("num_hidden_layers")
+    heads = config.whole("num_attention_heads")
+    width = heads * config.whole("head_dim") if config.get("head_dim") else embed_dim
+    num_kv_heads, head_dim = head_sizes(width, heads, config.whole("num_key_value_heads", heads))
     config.one_of("hidden_act", ("silu",), "silu")
     config.one_of("mlp_bias", (False,), False)
     if qwen2:
         check_full_attention(config, layers)
     theta, scaling = rope_of(config)
     bias = qwen2 or config.flag("attention_bias", False)
-    width = heads * head_dim if head_dim else embed_dim
-    config.check_size(embed_dim * (vocab + layers * (2 * width + 3 * hidden_dim)), held)
-    return Llama(vocab, embed_dim, layers, heads, config.whole("max_position_embeddings", 2048), kv_heads, head_dim,
-                 hidden_dim, theta, scaling, config.positive("rms_norm_eps", 1e-6), attention_bias=bias,
-                 out_bias=bias and not qwen2, tie_weights=config.flag("tie_word_embeddings", False), window=window,
-                 rng=Blank())
+    return dict(
+        vocab_size=config.whole("vocab_size"), embed_dim=embed_dim, num_layers=layers, num_heads=heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, max_seq_len=config.whole("max_position_embeddings", 2048),
+        hidden_dim=config.whole("intermediate_size"), norm_eps=config.positive("rms_norm_eps", 1e-6),
+        tie_weights=config.flag("tie_word_embeddings", False), rope_theta=theta, rope_scaling=scaling,
+        attention_bias=bias, out_bias=bias and not qwen2, window=window,
+    )  # fmt: skip
 
 
-def build_qwen2(config, held):
-    return build_llama(config, held, qwen2=True)
+def qwen2_sizes(config):
+    return llama_sizes(config, qwen2=True)
 
 
-def build_mistral(config, held):
+def mistral_sizes(config):
     """A Llama that looks back `sliding_window` tokens; null means all of them, and absent Mistral's first, 4096."""
     if "sliding_window" in config.values and config.get("sliding_window") is None:
-        return build_llama(config, held)
-    return build_llama(config, held, window=config.whole("sliding_window", 4096))
+        return llama_sizes(config)
+    return llama_sizes(config, window=config.whole("sliding_window", 4096))
 
 
 def check_full_attention(config, layers):
@@ -171,7 +149,82 @@ def rope_of(config):
     return theta, {name: config.checked_positive(f"{name} of rope_type 'llama3'", given.get(name)) for name in SCALED}
 
 
-# Names: theirs, each beside the memory of our weight in their shape
+# Models of these sizes, whose weights are still to come
+
+
+class Blank(np.random.Generator):
+    """A generator that does not spend time on weights, since they come from the file."""
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
+
+    def standard_normal(self, size=None, dtype=np.float32, out=None):
+        return np.zeros(size, np.float32)
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        return np.zeros(size, np.float32)
+
+
+def build_gpt2(hidden_dim, norm_eps, head_dim, **sizes):
+    """A GPT; its head_dim follows from the other sizes."""
+    model = GPT(**sizes, rng=Blank())
+    if hidden_dim != 4 * model.embed_dim:
+        for block in model.blocks:
+            block.mlp = MLP(model.embed_dim, hidden_dim, rng=Blank())
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.eps = norm_eps
+        elif isinstance(module, Dropout):
+            module.rng = None
+    return model
+
+
+def build_llama(**sizes):
+    return Llama(**sizes, rng=Blank())
+
+
+# Names: theirs, each with its shape in their files
+
+
+def gpt2_shapes(vocab_size, embed_dim, num_layers, max_seq_len, hidden_dim, tie_weights, **_):
+    """GPT-2's names and shapes, one weight after the other."""
+    yield "transformer.wte.weight", (vocab_size, embed_dim)
+    yield "transformer.wpe.weight", (max_seq_len, embed_dim)
+    for start in (f"transformer.h.{i}." for i in range(num_layers)):
+        for norm in ("ln_1", "ln_2"):
+            yield from ((f"{start}{norm}.{kind}", (embed_dim,)) for kind in ("weight", "bias"))
+        for linear, n_in, n_out in (("attn.c_attn", embed_dim, 3 * embed_dim), ("attn.c_proj", embed_dim, embed_dim),
+                                    ("mlp.c_fc", embed_dim, hidden_dim), ("mlp.c_proj", hidden_dim, embed_dim)):  # fmt: skip
+            yield f"{start}{linear}.weight", (n_in, n_out)
+            yield f"{start}{linear}.bias", (n_out,)
+    yield from ((f"transformer.ln_f.{kind}", (embed_dim,)) for kind in ("weight", "bias"))
+    if not tie_weights:
+        yield "lm_head.weight", (vocab_size, embed_dim)
+
+
+def llama_shapes(vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, head_dim, hidden_dim, tie_weights,
+                 attention_bias, out_bias, **_):
+    """Llama's, Mistral's and Qwen2's names and shapes, one weight after the other."""
+    queries, keys = num_heads * head_dim, num_kv_heads * head_dim
+    yield "model.embed_tokens.weight", (vocab_size, embed_dim)
+    for start in (f"model.layers.{i}." for i in range(num_layers)):
+        yield f"{start}input_layernorm.weight", (embed_dim,)
+        yield f"{start}post_attention_layernorm.weight", (embed_dim,)
+        for linear, n_in, n_out, bias in (
+            ("self_attn.q_proj", embed_dim, queries, attention_bias), ("self_attn.k_proj", embed_dim, keys, attention_bias),
+            ("self_attn.v_proj", embed_dim, keys, attention_bias), ("self_attn.o_proj", queries, embed_dim, out_bias),
+            ("mlp.gate_proj", embed_dim, hidden_dim, False), ("mlp.up_proj", embed_dim, hidden_dim, False),
+            ("mlp.down_proj", hidden_dim, embed_dim, False),
+        ):  # fmt: skip
+            yield f"{start}{linear}.weight", (n_out, n_in)
+            if bias:
+                yield f"{start}{linear}.bias", (n_out,)
+    yield "model.norm.weight", (embed_dim,)
+    if not tie_weights:
+        yield "lm_head.weight", (vocab_size, embed_dim)
+
+
+# Places: their name of each weight beside the memory of ours, in their shape
 
 
 def gpt2_places(model):
@@ -217,9 +270,11 @@ def head_of(model):
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models is built and named."""
+    """How a family of models is described, named and built."""
 
-    build: Callable
+    sizes: Callable  # config -> the sizes of our model, by name
+    shapes: Callable  # **sizes -> (name, shape) of each weight
+    build: Callable  # **sizes -> our model
     prefix: str  # of every name but the head's; a bare base model has none
     embedding: str
 
@@ -238,10 +293,10 @@ class Family:
 
 
 FAMILIES = {
-    "gpt2": Family(build_gpt2, "transformer.", "transformer.wte.weight"),
-    "llama": Family(build_llama, "model.", "model.embed_tokens.weight"),
-    "mistral": Family(build_mistral, "model.", "model.embed_tokens.weight"),
-    "qwen2": Family(build_qwen2, "model.", "model.embed_tokens.weight"),
+    "gpt2": Family(gpt2_sizes, gpt2_shapes, build_gpt2, "transformer.", "transformer.wte.weight"),
+    "llama": Family(llama_sizes, llama_shapes, build_llama, "model.", "model.embed_tokens.weight"),
+    "mistral": Family(mistral_sizes, llama_shapes, build_llama, "model.", "model.embed_tokens.weight"),
+    "qwen2": Family(qwen2_sizes, llama_shapes, build_llama, "model.", "model.embed_tokens.weight"),
 }
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "GPT2Model": "gpt2", "LlamaForCausalLM": "llama", "LlamaModel": "llama",
                  "MistralForCausalLM": "mistral", "MistralModel": "mistral", "Qwen2ForCausalLM": "qwen2",

@@ -21,6 +21,7 @@ UNTAUGHT = (
     "tinytorch/models/architectures.py",
     "tinytorch/models/checkpoint.py",
     "tinytorch/models/safetensors.py",
+    "tinytorch/models/tokenizer",
 )
 
 

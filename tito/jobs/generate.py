@@ -1,211 +1,166 @@
-"""Generate text from a checkpoint, with and without the KV cache, and measure both.
+"""Continue a text, on the KV cache where it is not switched off.
 
-Runs against whichever `tinytorch` comes first on the path, so the cache that is measured may be the learner's own.
+Runs against whichever `tinytorch` comes first on the path, so the model and the cache may be the learner's own. The
+text alone goes to stdout, token by token; what there is to say about it goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import re
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from tito.jobs import sources, words
+from tito.jobs.sources import Source
+from tito.jobs.text import text_of
+from tito.show import count
 
-from tinytorch.demo import language
-from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
-from tito.jobs import words
-
-LENGTHS = (32, 64, 128, 256)
-
-
-def generate(model, tokenizer, prompt: list[int], count: int, sampling: dict, show: bool) -> tuple[list, list]:
-    """Continue `prompt` by `count` tokens; the ids, and the seconds that each new token took.
-
-    Shows the text token by token where `show` is set.
-    """
-    times, screen = [time.perf_counter()], Screen(tokenizer, prompt) if show else None
-
-    def on_token(token) -> None:
-        times.append(time.perf_counter())
-        if screen:
-            screen.add(int(token[0]))
-
-    seed = sampling.get("seed")
-    rng = None if seed is None else np.random.default_rng(seed)
-    ids = model.generate(
-        prompt, count, temperature=sampling["temperature"], top_k=sampling["top_k"], rng=rng, on_token=on_token
-    )
-    if screen:
-        screen.end()
-    return ids, list(np.diff(times))
-
-
-class Screen:
-    """Text that grows on the terminal; bytes of an unfinished character wait for the rest of it."""
-
-    def __init__(self, tokenizer, ids: list[int]):
-        self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
-        print("  | ", end="")
-        self.flush()
-
-    def add(self, token: int) -> None:
-        self.ids.append(token)
-        self.flush()
-
-    def flush(self, last: bool = False) -> None:
-        text = self.tokenizer.decode(self.ids)
-        if last or not text.endswith("\ufffd"):
-            print(text[self.shown :].replace("\n", "\n  | "), end="", flush=True)
-            self.shown = len(text)
-
-    def end(self) -> None:
-        self.flush(last=True)
-        print()
-
-
-def compare(model, tokenizer, prompt: list[int], count: int, sampling: dict) -> bool:
-    """The same continuation without and with the cache, on screen, with tokens per second; are they the same?"""
-    model.generate(prompt, 2)  # the first call of anything is slower than the ones after it
-    print("\nWithout a cache: every token runs the whole sequence again.")
-    plain, plain_times = generate(model, tokenizer, prompt, count, sampling, show=True)
-    cache = enable_kv_cache(model)
-    print("\nWith the KV cache: every token runs alone and reads the keys and values of the others.")
-    cached, cached_times = generate(model, tokenizer, prompt, count, sampling, show=True)
-    same = plain == cached
-    disable_kv_cache(model)
-    slow, fast = count / sum(plain_times), count / sum(cached_times)
-    print(f"\nThe two texts are {'the same' if same else 'DIFFERENT'}: {count} new tokens after {len(prompt)}.")
-    print(f"  without cache {slow:8.1f} tokens/s")
-    print(f"  with cache    {fast:8.1f} tokens/s   {fast / slow:.1f} times as fast")
-    show_bytes(model, cache)
-    return same
-
-
-def show_bytes(model, cache) -> None:
-    """The cache's bytes, as the formula predicts them and as its arrays measure them."""
-    head_dim = model.embed_dim // model.num_heads
-    config = KVCacheConfig(model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, dtype=np.float32)
-    factors = (2, model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, 4)
-    formula = "{} x {} layers x {} tokens x {} heads x {} x {} bytes".format(*factors)
-    print(f"  cache: {formula} = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
-
-
-def measure(model, prompt: list[int], lengths=LENGTHS, repeats: int = 3) -> None:
-    """Seconds to reach each length from a short prompt, without and with the cache, in turn; medians."""
-    print("\n  length   without cache   with cache   speed-up   (medians of "
-          f"{repeats} pairs, {len(prompt)} tokens of prompt)")
-    for length in (n for n in lengths if len(prompt) < n <= model.max_seq_len):
-        slow, fast = [], []
-        for _ in range(repeats):
-            slow.append(seconds_to(model, prompt, length))
-            enable_kv_cache(model)
-            fast.append(seconds_to(model, prompt, length))
-            disable_kv_cache(model)
-        ratio = statistics.median(a / b for a, b in zip(slow, fast))
-        seconds = f"{statistics.median(slow):13.3f} s {statistics.median(fast):10.3f} s"
-        print(f"  {length:6} {seconds} {ratio:10.1f}", flush=True)
-
-
-def seconds_to(model, prompt: list[int], length: int) -> float:
-    started = time.perf_counter()
-    model.generate(prompt, length - len(prompt))
-    return time.perf_counter() - started
-
-
-def plot(model, tokenizer, prompt: list[int], path: Path) -> None:
-    """Time per token over length, without and with the cache, as a picture."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("No plot: matplotlib is not installed (pip install matplotlib).")
-        return
-    count, greedy = model.max_seq_len - len(prompt), {"temperature": 0, "top_k": None}
-
-    def times() -> np.ndarray:
-        """Seconds of each token: the median of three runs, so that a hiccup of the machine is no point."""
-        return np.median([generate(model, tokenizer, prompt, count, greedy, show=False)[1] for _ in range(3)], axis=0)
-
-    plain = times()
-    enable_kv_cache(model)
-    cached = times()
-    disable_kv_cache(model)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    lengths = len(prompt) + np.arange(1, count + 1)
-    axes.plot(lengths[1:], 1e3 * plain[1:], "o", markersize=3, label="without cache", color="#d55e00")
-    axes.plot(lengths[1:], 1e3 * cached[1:], "s", markersize=3, label="with KV cache", color="#0072b2")
-    axes.set(xlabel="length of the sequence (tokens)", ylabel="time per token (ms)", ylim=(0, None),
-             title=f"GPT, {model.num_layers} layers of width {model.embed_dim}: time per generated token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    except OSError as error:  # the figures above stand without it
-        print(f"\nNo plot: {path} cannot be written ({error.strerror or error}).")
-        return
-    print(f"\nPlot: {path}")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey instead of showing it
+SINKS = 4  # first tokens that a window keeps besides (Xiao et al. 2023)
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
     arguments = parse()
-    model, tokenizer, notes = words.model_from(arguments.checkpoint)
-    if arguments.describe:
-        describe(model, tokenizer, notes)
-    prompt = tokenizer.encode(arguments.prompt)
-    room = model.max_seq_len - len(prompt)
-    if not prompt or room < 1:
-        print(f"The prompt has {len(prompt)} tokens; it needs at least 1 and at most {model.max_seq_len - 1}.",
-              file=sys.stderr)
-        return 1
-    count = min(arguments.new, room)
-    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
-    if not arguments.compare:
-        if not arguments.no_cache:
-            enable_kv_cache(model)
-        _, times = generate(model, tokenizer, prompt, count, sampling, show=True)
-        how = "without" if arguments.no_cache else "with"
-        print(f"\n{count} tokens, {count / sum(times):.1f} tokens/s, {how} the KV cache")
-        return 0
-    same = compare(model, tokenizer, prompt, count, sampling)
-    if arguments.measure:
-        measure(model, prompt[:16])
-    if arguments.plot:
-        plot(model, tokenizer, prompt[:16], arguments.plot)
-    return 0 if same else 1
+    source = sources.directory(arguments.model) if arguments.model else sources.checkpoint(arguments.checkpoint)
+    prompt = ids_of(read_stdin() if arguments.prompt == "-" else arguments.prompt, source)
+    most = min(arguments.new, source.model.max_seq_len - len(prompt))
+    cache = None if arguments.no_cache else new_cache(source.model, len(prompt) + most, arguments)
+    stream = Stream(source, prompt)
+    if source.penalty != 1:
+        source.model.head = PenalisedHead(source.model.head, stream.ids, source.penalty)
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "rng": generator(arguments.seed)}
+    try:
+        source.model.generate(prompt, most, stop_token=source.ends or None, on_token=stream.add, **sampling)
+    finally:
+        stream.end()
+    tell(stream, cache, len(prompt), full=most < arguments.new)
+    return 0
 
 
-def describe(model, tokenizer, notes: dict[str, str]) -> None:
-    """Where the checkpoint comes from, and its validation loss measured now, on this Python's text."""
-    from tinytorch.core.losses import CrossEntropyLoss
-    from tinytorch.core.training import mean_loss
+def read_stdin() -> str:
+    """All of standard input; the line break at its end is not part of the prompt."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        sys.exit(f"tito: the prompt on standard input is not UTF-8: {error}.")
+    return text.removesuffix("\n").removesuffix("\r")
 
-    _, validation = language.splits(tokenizer.encode(language.text()))
-    loss = mean_loss(model, CrossEntropyLoss(), language.validation_batches(validation, model.max_seq_len))
-    note = {"steps": "?", "text": "an unknown text", "seed": "?", "validation_loss": "?"} | notes
-    print(f"Checkpoint: {note['steps']} steps on {note['text']}, seed {note['seed']};")
-    print(f"validation loss {note['validation_loss']} when trained, {loss:.4f} measured now (nats per token)")
+
+def ids_of(prompt: str, source: Source) -> list[int]:
+    """The prompt as ids that fit the model, or the end of the program with one sentence."""
+    try:
+        ids = list(source.tokenizer.encode(prompt))
+    except ValueError as error:
+        sys.exit(f"tito: the prompt cannot be read: {error}")
+    most = source.model.max_seq_len - 1
+    if not 1 <= len(ids) <= most:
+        sys.exit(f"tito: the prompt has {len(ids):,} tokens; it needs at least 1 and at most {most:,}.")
+    if max(ids) >= source.model.vocab_size:
+        sys.exit(f"tito: the tokenizer knows an id {max(ids)}, and the model ends at {source.model.vocab_size - 1}: "
+                 "they do not belong together.")  # fmt: skip
+    return ids
+
+
+def new_cache(model, length: int, arguments: argparse.Namespace):
+    """A cache with room for `length` tokens, enabled."""
+    from tinytorch.generation.kv_cache import enable_kv_cache
+
+    options = {"max_seq_len": length, "dtype": arguments.cache_dtype}
+    if arguments.window is not None:
+        from tinytorch.generation.cache_compression import SlidingWindowKVCache
+
+        options |= {"factory": SlidingWindowKVCache, "window": arguments.window, "sinks": SINKS}
+    try:
+        return enable_kv_cache(model, **options)
+    except ValueError as error:  # a model that this cache would serve wrongly
+        sys.exit(f"tito: {error}")
+
+
+def generator(seed: int | None):
+    import numpy as np
+
+    return None if seed is None else np.random.default_rng(seed)
+
+
+class Stream:
+    """The text on its way to stdout, and the seconds that the model took for each of its tokens."""
+
+    def __init__(self, source: Source, prompt: list[int]):
+        self.text = text_of(source.tokenizer)
+        self.ends, self.max_seq_len = source.ends, source.model.max_seq_len
+        self.ids, self.seconds = list(prompt), []
+        self.show("".join(map(self.text.add, prompt)))
+        self.started = time.perf_counter()
+
+    def add(self, tokens) -> None:
+        """`on_token` of `generate`: the ids of one round, here one."""
+        self.seconds.append(time.perf_counter() - self.started)
+        self.ids.append(int(tokens[0]))
+        self.show(self.text.add(self.ids[-1]))
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        self.show(self.text.end() + "\n")
+
+    @property
+    def ended(self) -> bool:
+        """Has the model ended the text itself?"""
+        return self.ids[-1] in self.ends and len(self.seconds) > 0
+
+    @staticmethod
+    def show(text: str) -> None:
+        print(CONTROL.sub("\ufffd", text) if sys.stdout and sys.stdout.isatty() else text, end="", flush=True)
+
+
+class PenalisedHead:
+    """A model's head that makes the ids so far less likely, as transformers' RepetitionPenaltyLogitsProcessor does.
+
+    Source: Keskar et al. 2019, "CTRL", section 4.1.
+    """
+
+    def __init__(self, head, ids: list[int], penalty: float):
+        self.head, self.ids, self.penalty = head, ids, penalty
+
+    def __call__(self, x):
+        import numpy as np
+
+        from tinytorch.core.tensor import Tensor
+
+        logits, seen = self.head(x).numpy().copy(), np.unique(self.ids)  # (1, V)
+        old = logits[:, seen]
+        logits[:, seen] = np.where(old < 0, old * self.penalty, old / self.penalty)
+        return Tensor(logits)
+
+
+def tell(stream: Stream, cache, prompt_len: int, full: bool) -> None:
+    """The figures: tokens and tokens per second of the prompt and of what follows, and the cache's bytes."""
+    first, *later = stream.seconds  # the prompt is run for the first new token
+    figures = [f"prompt: {count(prompt_len, 'token')}, {prompt_len / first:.1f} tokens/s",
+               f"new: {count(len(stream.seconds), 'token')}"]  # fmt: skip
+    figures[1] += f", {len(later) / sum(later):.1f} tokens/s" if later else ""
+    figures.append("no KV cache" if cache is None else f"KV cache: {cache.nbytes:,} bytes ({cache.dtype.name})")
+    if stream.ended:
+        figures.append("the model ended the text")
+    elif full:
+        figures.append(f"its context of {stream.max_seq_len:,} tokens is full")
+    print("\n" + "; ".join(figures), file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path)
+    source.add_argument("--checkpoint", type=Path)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--new", type=int, default=120)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=None)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--no-cache", action="store_true")
-    parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--describe", action="store_true")
-    parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--cache-dtype", default="float32")
+    parser.add_argument("--window", type=int, default=None)
     return parser.parse_args()
 
 

@@ -1,7 +1,6 @@
-"""`tito demo` and `tito generate`: the whole idea at work, on the package that is there, learner's files included.
+"""`tito demo`: the whole idea at work, on the package that is there, learner's files included.
 
-Both run the model in a process of its own. The demo works in a scratch copy of the course, so nothing of the
-learner's changes.
+The model runs in a process of its own, in a scratch copy of the course, so nothing of the learner's changes.
 """
 
 from __future__ import annotations
@@ -70,30 +69,10 @@ def run_demo(
         show.line()
         show.heading("3. Generation without and with the KV cache")
         plot = out.resolve() / "kv-cache-time-per-token.png"
-        return run_job("generate", scratch, [
+        return run_job("compare", scratch, [
             "--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens),
-            "--describe", "--compare", "--measure", "--plot", str(plot), *SAMPLING,
+            "--describe", "--measure", "--plot", str(plot), *SAMPLING,
         ])  # fmt: skip
-
-
-def run_generate(
-    course: Course,
-    prompt: str,
-    checkpoint: Path | None = None,
-    new_tokens: int = 120,
-    cache: bool = True,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int | None = None,
-) -> int:
-    """Continue `prompt` on the learner's package; returns the exit code."""
-    require_package(course)
-    checkpoint = require_checkpoint(checkpoint or CHECKPOINT)
-    arguments = ["--checkpoint", str(checkpoint.resolve()), "--prompt", prompt, "--new", str(new_tokens)]
-    arguments += ["--temperature", str(temperature)] + ([] if cache else ["--no-cache"])
-    arguments += [] if top_k is None else ["--top-k", str(top_k)]
-    arguments += [] if seed is None else ["--seed", str(seed)]
-    return run_job("generate", course.root, arguments)
 
 
 def require_checkpoint(checkpoint: Path) -> Path:
@@ -155,7 +134,8 @@ def run_job(name: str, root: Path, arguments: list[str]) -> int:
 
 def run_python(arguments: list[str], root: Path) -> int:
     """Run this Python in `root`, with its package first on the path and tito's own after it."""
-    sys.stdout.flush()
+    if sys.stdout:  # None where it was closed before we began
+        sys.stdout.flush()
     try:
         return subprocess.run([sys.executable, *arguments], cwd=root, env=environment(root)).returncode
     except KeyboardInterrupt:

@@ -1,1 +1,1 @@
-"""What `tito serve` is made of: text, engine (no HTTP), the forms of requests and answers, and the routes."""
+"""What `tito serve` is made of: engine (no HTTP), the forms of requests and answers, and the routes."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tinytorch.generation.paged import Request
-from tito.jobs.serving.text import Text
+from tito.jobs.text import Text
 
 
 class Event(NamedTuple):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+
+BYTE_OR_NOTHING = re.compile("(<0x[0-9A-Fa-f]{2}>)?")  # a byte token, and what is not shown: the next may be a byte
 
 
 class Text:
@@ -48,3 +52,30 @@ def beginning(text: str, stop: str) -> int:
     """
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
+class DecodedText:
+    """As Text, for a tokenizer of characters: it decodes whole lists alone, and a row of byte tokens only as a row."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.last, self.waiting = tokenizer, [], []
+
+    def add(self, token: int) -> str:
+        """What can be shown now that this token has come."""
+        self.waiting.append(token)
+        name = "" if token in self.tokenizer.hidden else self.tokenizer.tokens.get(token, "")
+        return "" if BYTE_OR_NOTHING.fullmatch(name) else self.end()
+
+    def end(self) -> str:
+        """What was held back. The last token before it stands at its front, since a text's first space is not shown."""
+        before, whole = (self.tokenizer.decode(ids, True) for ids in (self.last, self.last + self.waiting))
+        self.last, self.waiting = self.waiting[-1:], []
+        return whole[len(before) :]
+
+
+def text_of(tokenizer) -> Text | DecodedText:
+    """The growing text of a tokenizer, lesson 10's or a file's; special tokens of a file are not shown."""
+    if getattr(tokenizer, "decoder", None):
+        return DecodedText(tokenizer)
+    hidden = dict.fromkeys(getattr(tokenizer, "hidden", ()), b"")
+    return Text(defaultdict(bytes, tokenizer.tokens | hidden))  # a model may have more ids than its tokenizer
