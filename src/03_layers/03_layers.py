@@ -126,7 +126,8 @@ read from memory for very little arithmetic, and what counts is how fast it is r
 
 # %%
 #| export
-FEW_ROWS, SOME_ROWS = 4, 64  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
+FEW_ROWS, SOME_ROWS = 4, 32  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
+SMALL_PRODUCT = 1_000_000  # multiplications: OpenBLAS first rearranges the factors of larger products
 
 
 def times_rows(rows, weight):
@@ -137,9 +138,11 @@ def times_rows(rows, weight):
     """
     if len(rows) > SOME_ROWS:
         return rows @ weight.T
-    if len(rows) > FEW_ROWS:
-        return np.ascontiguousarray((weight @ rows.T).T)  # weight is the left factor: less of it is rearranged
-    return np.ascontiguousarray(np.vecdot(weight[:, None], rows).T)  # dot products: weight is read once, in order
+    if len(rows) <= FEW_ROWS:  # dot products: weight is read once, in order
+        return np.ascontiguousarray(np.vecdot(weight[:, None], rows).T)
+    columns, step = np.ascontiguousarray(rows.T), max(1, SMALL_PRODUCT // rows.size)
+    y = np.concatenate([weight[start : start + step] @ columns for start in range(0, len(weight), step)])
+    return np.ascontiguousarray(y.T)
 
 
 # %% [markdown]
