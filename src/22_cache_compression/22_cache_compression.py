@@ -2230,7 +2230,7 @@ class CodedTensor(Tensor):
         """The same for token groups, each group like a head of its own: (B, H, groups, S, numbers), (B, H, groups, S)."""
         codes, *scale_and_low = self._codes()
         codes = codes.reshape(*codes.shape[:3], *self.part.form.unit[0]).swapaxes(2, 3)
-        return codes, *(array.swapaxes(2, 3) for array in scale_and_low)
+        return codes, *(np.ascontiguousarray(array.swapaxes(2, 3)) for array in scale_and_low)  # few, and used often
 
     def scores(self, query):
         """query (B, H, T', D) @ the keys, transposed: (B, H, T', S + T)."""
