@@ -53,7 +53,9 @@ def times_rows(rows, weight):
     if len(rows) <= FEW_ROWS:  # dot products: weight is read once, in order
         return np.ascontiguousarray(np.vecdot(weight[:, None], rows).T)
     columns, step = np.ascontiguousarray(rows.T), max(1, SMALL_PRODUCT // rows.size)
-    y = np.concatenate([weight[start : start + step] @ columns for start in range(0, len(weight), step)])
+    y = np.empty((len(weight), len(rows)), np.result_type(rows, weight))
+    for start in range(0, len(weight), step):
+        np.matmul(weight[start : start + step], columns, out=y[start : start + step])
     return np.ascontiguousarray(y.T)
 
 
