@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-PEERS = {"tinytorch": (), "numpy": (), "torch": ("torch",), "transformers": ("torch", "transformers")}
+PEERS = {"tinytorch": (), "machine": (), "torch": ("torch",), "transformers": ("torch", "transformers")}
 
 
 def missing(peer: str) -> list[str]:
     """The packages that a peer needs and that are not installed."""
     return [package for package in PEERS[peer] if find_spec(package) is None]
+
+
+UNITS = {  # figure(work of a run, seconds of a run, what it returned); work: see Task
+    "tokens/s": lambda work, seconds, value: work["tokens"] / seconds,
+    "ms/token": lambda work, seconds, value: 1e3 * seconds / work["tokens"],
+    "ms": lambda work, seconds, value: 1e3 * seconds,
+    "GB/s": lambda work, seconds, value: work["bytes"] / seconds / 1e9,
+    "KiB": lambda work, seconds, value: value / 1024,
+}
 
 
 class Task:
@@ -45,7 +54,7 @@ class Contender:
 class Claim:
     """One row of the table: a figure of `ours`, the same of `theirs`, and the least or most that their ratio may be.
 
-    unit: tokens/s, GB/s, ms (of one run) or KiB (what run() returned). clock: wall, or cpu seconds of all processes.
+    unit: one of UNITS. clock: wall, or cpu seconds of all processes.
     """
 
     ours: str
@@ -59,11 +68,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Workload:
-    """seconds: how long its rounds may take in a full run. tolerance: how far answers may differ, absolutely."""
+    """seconds: how long its rounds may take in a full run. tolerance: how far answers may differ; None: in any way."""
 
     name: str
     title: str
     contenders: dict[str, Contender] = field(hash=False)
     claims: tuple[Claim, ...]
     seconds: float = 10
-    tolerance: float = 1e-3
+    tolerance: float | None = 1e-3
+    long: bool = False  # a single round takes seconds, and --quick leaves it out
