@@ -1,14 +1,14 @@
 """What the KV cache of lesson 17 gains, and what the members of its family in lessons 22 and 23 cost."""
 
 import numpy as np
-from inference import GPT2, SMALL, OurSteps, Shape, at_contexts, our_model, prompt_ids
+from inference import GPT2, SMALL, OurSteps, Shape, at_contexts, new_cache, our_model, prompt_ids
 from workload import Claim, Contender, Task, Workload
 
 from tinytorch.core.attention import scaled_dot_product_attention
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor
 from tinytorch.generation.cache_compression import QuantizedKVCache
-from tinytorch.generation.kv_cache import LayerKVCache, create_kv_cache
+from tinytorch.generation.kv_cache import KVCacheConfig, LayerKVCache
 from tinytorch.generation.paged import paged_kv_cache
 from tinytorch.models.transformer import GPT, evaluating
 
@@ -40,8 +40,7 @@ class Text(Task):
 
     def __init__(self, folder, shape, cached):
         self.model, self.ids = our_model(shape), prompt_ids(shape, 1, 128)
-        sizes = self.model.num_layers, self.model.num_kv_heads, self.model.embed_dim // self.model.num_heads
-        self.cache = create_kv_cache(1, self.model.max_seq_len, *sizes) if cached else None
+        self.cache = new_cache(self.model) if cached else None
 
     def run(self):
         self.model.generate(self.ids, 128, cache=self.cache)
@@ -71,6 +70,13 @@ class Attention(Task):
         return self.attend(self.caches[0]).ravel().tolist()
 
 
+def cache_mib(shape) -> str:
+    sizes = shape.sizes
+    head_dim = sizes["embed_dim"] // sizes["num_heads"]
+    config = KVCacheConfig(sizes["num_layers"], sizes["max_seq_len"], sizes["num_heads"], head_dim, dtype=np.float32)
+    return f"{config.calculate_size() / 2**20:.0f} MiB"
+
+
 def gains(name, title, shape, least) -> list[Workload]:
     """With the cache against without it: single tokens at several contexts, and a whole text."""
     steps = [
@@ -79,7 +85,8 @@ def gains(name, title, shape, least) -> list[Workload]:
                   "no cache": Contender(lambda folder, n=n: WithoutCache(folder, shape, n))},
                  (Claim("cache", "no cache", "tokens/s"),), 4)
         for n in CONTEXTS]  # fmt: skip
-    growth = Workload(f"{name}-growth", f"{title}: a token at context 1000", at_contexts(OurSteps, shape, 64, 1000),
+    growth = Workload(f"{name}-growth", f"{title}: a token at context 1000, cache of {cache_mib(shape)}",
+                      at_contexts(OurSteps, shape, 64, 1000),
                       (Claim("context 1000", "context 64", "ms/token", most=3),), 4, tolerance=None)  # fmt: skip
     text = Workload(f"{name}-text", f"{title}: 128 + 128 tokens",
                     {"cache": Contender(lambda folder: Text(folder, shape, True)),

@@ -1,7 +1,8 @@
 """Inference: whole texts, single decode steps, prefill, beside transformers and beside what the memory allows."""
 
+import os
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,13 @@ LLAMA = Shape("llama", Llama, dict(vocab_size=32000, embed_dim=288, num_layers=6
                                    hidden_dim=768, tie_weights=True))  # fmt: skip
 
 
-@lru_cache(maxsize=1)
+@cache
 def our_model(shape: Shape):
-    """In its own process each workload finds the model of the one before it, if the shape is the same."""
+    """Made once: all workloads of a shape share it."""
     return shape.kind(**shape.sizes, rng=np.random.default_rng(0)).eval()
 
 
-@lru_cache(maxsize=1)
+@cache
 def weights_for_peers(shape: Shape, folder: Path) -> Path:
     """The same weights for everybody: a checkpoint, as transformers reads it."""
     directory = folder / shape.name
@@ -48,18 +49,14 @@ def weights_for_peers(shape: Shape, folder: Path) -> Path:
 @lru_cache(maxsize=2)
 def their_model(shape: Shape, folder: Path, attention: str):
     """transformers' model; its process has as many threads as NumPy's BLAS has in ours."""
-    import os
-
     import torch
     import transformers
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / shape.name, attn_implementation=attention, dtype=torch.float32
-    )
-    return model.eval()
+    made = transformers.AutoModelForCausalLM.from_pretrained
+    return made(folder / shape.name, attn_implementation=attention).eval()
 
 
 def new_cache(model, batch_size=1, factory=create_kv_cache, **options):
@@ -206,6 +203,8 @@ class OurPrefill(Task):
 
 
 class TheirPrefill(Task):
+    """The same by transformers, in one call that makes a new cache."""
+
     def __init__(self, folder, shape, attention, length):
         import torch
 

@@ -110,16 +110,17 @@ PAGE = """# Benchmarks
 
 What this project does beside its peers, on one machine, in one run; `make bench` measures yours.
 
-Every workload is run in turn by all who take part, each peer in a process of its own, in float32 and with the same
-number of threads. A figure is the median of the rounds, a ratio the median of the ratios of neighbouring rounds, with
-its quartiles; the same by CPU seconds shows what other programs on the machine have disturbed. transformers runs eager attention with its cache, or PyTorch's kernel (sdpa); weights are random, and
-the same for all. The read limit is what a matrix of 512 MiB times a vector reads per second in the same run.
-
 {table}
 
 {notes}{setting}
 
-This page is written by `make bench BENCH_OPTIONS=--page` after a full run.
+Every workload is run in turn by all who take part, each peer in a process of its own, in float32 and with the same
+number of threads. A figure is the median of the rounds; a ratio is the median of the ratios of neighbouring rounds,
+with its quartiles. By CPU time it is free of the time that other programs took, and not of what they did to memory.
+transformers runs its eager attention, or PyTorch's kernel (sdpa), with its cache; weights are random, and the same for
+all. The read limit is what a matrix of 512 MiB times a vector reads per second, in the same run.
+
+This page is written by `make bench BENCH_OPTIONS=--page`, after a full run.
 """
 
 
@@ -157,7 +158,7 @@ def plot(run: Run, path: Path) -> bool:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.set_yticks(range(len(rows)), [f"{row.title}\nbeside {row.claim.theirs}" for row in rows], fontsize=8)
-    axes.set_xlabel("ratio beside its limit: left of 1 it is missed, at 2 it is twice as good (dot: median; bar: quartiles)")
+    axes.set_xlabel("how good beside its limit: below 1 it is missed, 2 is twice as good; dot: median, bar: quartiles")
     axes.set_title(f"TinyTorch, {run.date}, {run.machine}, threads: {run.threads}", fontsize=10)
     axes.margins(x=0.2)
     picture.savefig(path)

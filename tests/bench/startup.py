@@ -20,15 +20,16 @@ def program(code, *arguments) -> Contender:
     return Contender(lambda folder: Program(code, *arguments), "machine")
 
 
-def beside(name, title, ours, theirs, most) -> Workload:
-    """ours and theirs: a name and a Contender."""
-    claim = Claim(ours[0], theirs[0], "ms", most=most, clock="cpu")
-    return Workload(name, title, dict([ours, theirs]), (claim,), 8)
+def beside(name, title, ours, peer, theirs, most=None) -> Workload:
+    claim = Claim("tinytorch", peer, "ms", most=most, clock="cpu")
+    return Workload(name, title, {"tinytorch": ours, peer: theirs}, (claim,), 8)
 
 
+NUMPY = "import numpy", program("import numpy")
 WORKLOADS = [
-    beside("start-tito", "tito --help", ("tito", program("from tito.main import main; main()", "--help")),
-           ("import typer", program("import typer")), 1.5),
-    beside("start-tinytorch", "import tinytorch", ("tinytorch", program("import tinytorch")),
-           ("import numpy", program("import numpy")), 1.3),
+    beside("start-tito", "tito --help", program("from tito.main import main; main()", "--help"),
+           "import typer", program("import typer"), 1.5),
+    beside("start-tinytorch", "import tinytorch", program("import tinytorch"), *NUMPY, 1.3),
+    beside("start-cache", "import tinytorch.generation.kv_cache, and with it the GPT",
+           program("import tinytorch.generation.kv_cache"), *NUMPY),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ PIXELS, HIDDEN, CLASSES, ROWS = 784, 128, 10, 64
 
 
 def text_batches(seed=0):
-    """A function that draws (ids, next ids), both (B, T), from the statistics of a text: few words make up most of it."""
+    """A function that draws (ids, next ids), both (B, T); as in a text, few words make up most of it."""
     rng = np.random.default_rng(seed)
     shares = 1 / np.arange(1, VOCAB_SIZE + 1)
     ends = np.cumsum(shares / shares.sum())
@@ -75,7 +75,8 @@ def their_gpt():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.token_embedding, self.position_embedding = nn.Embedding(VOCAB_SIZE, EMBED_DIM), nn.Embedding(SEQ_LEN, EMBED_DIM)
+            self.token_embedding = nn.Embedding(VOCAB_SIZE, EMBED_DIM)
+            self.position_embedding = nn.Embedding(SEQ_LEN, EMBED_DIM)
             self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(NUM_LAYERS))), nn.LayerNorm(EMBED_DIM)
             self.head = nn.Linear(EMBED_DIM, VOCAB_SIZE, bias=False)
             self.head.weight = self.token_embedding.weight

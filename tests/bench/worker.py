@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, threads: int):
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-        env = os.environ | dict.fromkeys(THREADS, str(threads)) | {"PYTHONPATH": path}
+        env = os.environ | dict.fromkeys(THREADS, str(threads)) | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], env=env, encoding="utf-8",
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)  # fmt: skip
