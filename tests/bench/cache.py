@@ -1,7 +1,8 @@
 """What the KV cache of lesson 17 gains, and what the members of its family in lessons 22 and 23 cost."""
 
 import numpy as np
-from inference import GPT2, SMALL, OurSteps, Shape, at_contexts, new_cache, our_model, prompt_ids
+from inference import OurSteps, at_contexts
+from models import GPT2, SMALL, Shape, new_cache, our_model, prompt_ids
 from workload import Claim, Contender, Task, Workload
 
 from tinytorch.core.attention import scaled_dot_product_attention

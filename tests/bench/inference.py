@@ -1,82 +1,18 @@
 """Inference: whole texts, single decode steps, prefill, beside transformers and beside what the memory allows."""
 
-import os
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from pathlib import Path
-
 import numpy as np
-from workload import Claim, Contender, Task, Workload, missing
+from models import GPT2, LLAMA, SMALL, new_cache, our_model, prompt_ids, their_model, weight_bytes, weights_for_peers
+from workload import Claim, Contender, Task, Workload
 
 from tinytorch.core.autograd import no_grad
-from tinytorch.generation.kv_cache import create_kv_cache, prefill, stored_heads
-from tinytorch.models.checkpoint import save_checkpoint
-from tinytorch.models.llama import Llama
-from tinytorch.models.transformer import GPT, evaluating
+from tinytorch.generation.kv_cache import stored_heads
+from tinytorch.models.transformer import evaluating
 from tinytorch.profiling.profiler import measure_memory, time_calls
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model of random weights; `kind` makes it from `sizes`."""
-
-    name: str
-    kind: type
-    sizes: dict = field(hash=False)
-
-
-GPT2 = Shape("gpt2", GPT, dict(vocab_size=50257, embed_dim=768, num_layers=12, num_heads=12, max_seq_len=1024))
-SMALL = Shape("small", GPT, dict(vocab_size=1000, embed_dim=256, num_layers=4, num_heads=8, max_seq_len=1024))
-LLAMA = Shape("llama", Llama, dict(vocab_size=32000, embed_dim=288, num_layers=6, num_heads=6, max_seq_len=256,
-                                   hidden_dim=768, tie_weights=True))  # fmt: skip
-
-
-@cache
-def our_model(shape: Shape):
-    """Made once: all workloads of a shape share it."""
-    return shape.kind(**shape.sizes, rng=np.random.default_rng(0)).eval()
-
-
-@cache
-def weights_for_peers(shape: Shape, folder: Path) -> Path:
-    """The same weights for everybody: a checkpoint, as transformers reads it."""
-    directory = folder / shape.name
-    if not directory.exists() and not missing("transformers"):
-        save_checkpoint(our_model(shape), directory)
-    return directory
-
-
-@lru_cache(maxsize=2)
-def their_model(shape: Shape, folder: Path, attention: str):
-    """transformers' model; its process has as many threads as NumPy's BLAS has in ours."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_grad_enabled(False)
-    transformers.logging.set_verbosity_error()
-    made = transformers.AutoModelForCausalLM.from_pretrained
-    return made(folder / shape.name, attn_implementation=attention).eval()
-
-
-def new_cache(model, batch_size=1, factory=create_kv_cache, **options):
-    return factory(batch_size, model.max_seq_len, model.num_layers, *stored_heads(model), **options)
-
-
-def prompt_ids(shape: Shape, batch_size: int, length: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, shape.sizes["vocab_size"], (batch_size, length))
 
 
 def some_logits(logits: np.ndarray) -> list[float]:
     """Of the last token of each row, (B, V): enough to see that two models are the same."""
     return logits[:, :32].ravel().tolist()
-
-
-def weight_bytes(model) -> int:
-    """What one token reads of the weights: all of them, but single rows of tables that only look up."""
-    tables = [model.position_embedding] + [model.token_embedding] * (not model.tie_weights)
-    unread = sum(p.data.nbytes for table in tables for p in table.parameters())
-    return sum(p.data.nbytes for p in model.parameters()) - unread
 
 
 class OurText(Task):
@@ -123,7 +59,8 @@ class OurSteps(Task):
         self.model = our_model(shape)
         weights_for_peers(shape, folder)
         self.cache, ids = new_cache(self.model, **options), prompt_ids(shape, 1, context + 1)
-        prefill(self.model, ids[:, :-1], self.cache)
+        with evaluating(self.model), self.cache.attached_to(self.model):
+            self.model.hidden(ids[:, :-1])
         self.first = ids[:, -1:]
         per_token = 2 * self.model.num_layers * np.prod(stored_heads(self.model)) * 4
         bytes_read = sum(weight_bytes(self.model) + per_token * (context + 1 + step) for step in range(STEPS))
@@ -160,7 +97,7 @@ class TheirSteps(Task):
 
         self.model = their_model(shape, folder, attention)
         ids = torch.tensor(prompt_ids(shape, 1, context + 1))
-        self.cache = self.model(ids[:, :-1], use_cache=True).past_key_values
+        self.cache = self.model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         self.first, self.context = ids[:, -1:], context
 
     def steps(self, count):
@@ -247,6 +184,7 @@ class StepMemory(OurSteps):
 
 
 EAGER, SDPA = "transformers", "transformers sdpa"
+BYTES_AT = "GPT-2 124M shape: bytes that a decode step reads per second, context "
 
 
 def beside_transformers(ours, theirs, *arguments) -> dict[str, Contender]:
@@ -281,15 +219,14 @@ WORKLOADS = [
         "gpt2-step", "GPT-2 124M shape: decode step at context 1000",
         beside_transformers(OurSteps, TheirSteps, GPT2, 1000) | {"read limit": Contender(ReadMemory, "machine")},
         (Claim("tinytorch", EAGER, "tokens/s", least=1.4), Claim("tinytorch", SDPA, "tokens/s"),
-         Claim("tinytorch", "read limit", "GB/s", least=0.8, title="the same, bytes read against what memory allows")),
+         Claim("tinytorch", "read limit", "GB/s", least=0.8, title=BYTES_AT + "1000")),
         25,
     ),
     Workload(
-        "gpt2-growth", "GPT-2 124M shape: bytes read per second at context 1000",
+        "gpt2-growth", BYTES_AT + "1000",
         at_contexts(OurSteps, GPT2, 64, 256, 1000),
         (Claim("context 1000", "context 64", "GB/s", least=1.0),
-         Claim("context 256", "context 64", "GB/s", least=1.0,
-               title="GPT-2 124M shape: bytes read per second at context 256")),
+         Claim("context 256", "context 64", "GB/s", least=1.0, title=BYTES_AT + "256")),
         20, tolerance=None,
     ),
     step_memory("gpt2-memory", "GPT-2 124M shape: a decode step allocates beyond its logits, context 1000", GPT2),

@@ -152,14 +152,15 @@ def plot(run: Run, path: Path) -> bool:
         color = "tab:green" if row.holds else "tab:red"
         axes.plot(sorted(ends), [place, place], color=color, linewidth=3, alpha=0.4)
         axes.plot([middle], [place], "o", color=color)
-        axes.annotate(f"{row.ratio.median:.2f}, {limit(row.claim)}", (max(ends), place), xytext=(6, 0),
-                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+        end, away, side = (max(ends), 6, "left") if middle >= 1 else (min(ends), -6, "right")  # never across the limit
+        axes.annotate(f"{row.ratio.median:.2f}, {limit(row.claim)}", (end, place), xytext=(away, 0),
+                      textcoords="offset points", va="center", ha=side, fontsize=8)  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.set_yticks(range(len(rows)), [f"{row.title}\nbeside {row.claim.theirs}" for row in rows], fontsize=8)
     axes.set_xlabel("how good beside its limit: below 1 it is missed, 2 is twice as good; dot: median, bar: quartiles")
     axes.set_title(f"TinyTorch, {run.date}, {run.machine}, threads: {run.threads}", fontsize=10)
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
     picture.savefig(path)
     return True
