@@ -1,7 +1,7 @@
 """Inference: whole texts, single decode steps, prefill, beside transformers and beside what the memory allows."""
 
 import numpy as np
-from models import GPT2, LLAMA, SMALL, new_cache, our_model, prompt_ids, their_model, weight_bytes, weights_for_peers
+from models import GPT2, LLAMA, SMALL, new_cache, our_model, prompt_ids, save_for_peers, their_model, weight_bytes
 from workload import Claim, Contender, Task, Workload
 
 from tinytorch.core.autograd import no_grad
@@ -20,7 +20,7 @@ class OurText(Task):
 
     def __init__(self, folder, shape, batch_size, prompt, new):
         self.model, self.ids, self.new = our_model(shape), prompt_ids(shape, batch_size, prompt), new
-        weights_for_peers(shape, folder)
+        save_for_peers(shape, folder)
         self.cache, self.work = new_cache(self.model, batch_size), {"tokens": batch_size * new}
 
     def run(self):
@@ -57,7 +57,7 @@ class OurSteps(Task):
 
     def __init__(self, folder, shape, context, **options):
         self.model = our_model(shape)
-        weights_for_peers(shape, folder)
+        save_for_peers(shape, folder)
         self.cache, ids = new_cache(self.model, **options), prompt_ids(shape, 1, context + 1)
         with evaluating(self.model), self.cache.attached_to(self.model):
             self.model.hidden(ids[:, :-1])
@@ -124,7 +124,7 @@ class OurPrefill(Task):
 
     def __init__(self, folder, shape, length):
         self.model, self.ids = our_model(shape), prompt_ids(shape, 1, length)
-        weights_for_peers(shape, folder)
+        save_for_peers(shape, folder)
         self.cache, self.work = new_cache(self.model), {"tokens": length}
 
     def run(self):

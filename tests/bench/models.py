@@ -36,12 +36,10 @@ def our_model(shape: Shape):
 
 
 @cache
-def weights_for_peers(shape: Shape, folder: Path) -> Path:
-    """The same weights for everybody: a checkpoint, as transformers reads it."""
-    directory = folder / shape.name
-    if not directory.exists() and not missing("transformers"):
-        save_checkpoint(our_model(shape), directory)
-    return directory
+def save_for_peers(shape: Shape, folder: Path) -> None:
+    """The same weights for everybody: a checkpoint, where transformers will read it."""
+    if not missing("transformers"):
+        save_checkpoint(our_model(shape), folder / shape.name)
 
 
 @lru_cache(maxsize=2)

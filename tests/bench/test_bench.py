@@ -43,7 +43,7 @@ class Script:
             return {"work": {"tokens": 10, "bytes": 4e9}, "wall": 0.05, "answer": self.answers.get(contender)}
         if do == "timed":
             wall = self.walls[contender].pop(0)
-            return {"wall": wall, "cpu": 2 * wall, "value": 1024.0}
+            return {"wall": wall, "cpu": wall * (2 if contender == "tinytorch" else 4), "value": 1024.0}
         return {}
 
     def close(self):
@@ -87,7 +87,7 @@ class TestRounds:
         (row,), _ = rows_of(two(), walls)
         assert (row.ratio.median, row.rounds, row.holds) == (0.5, 3, True)
         assert row.ours.median == 2000 and row.theirs.median == 1000  # ms of a run, two runs in each round
-        assert row.cpu_ratio == row.ratio
+        assert row.cpu_ratio.median == 0.25
 
     def test_turns_go_there_and_back_with_as_many_runs_for_each(self):
         _, asked = rows_of(two(), {"tinytorch": [1.0] * 3, "PyTorch": [1.0] * 3})
@@ -100,7 +100,8 @@ class TestRounds:
     def test_the_clock_of_the_claim_decides(self):
         claims = Claim("tinytorch", "PyTorch", "ms"), Claim("tinytorch", "PyTorch", "ms", clock="cpu")
         rows, _ = rows_of(two(*claims), {"tinytorch": [1.0] * 3, "PyTorch": [1.0] * 3})
-        assert [row.ours.median for row in rows] == [500, 1000]
+        found = [(row.ours.median, row.ratio.median, row.cpu_ratio.median) for row in rows]
+        assert found == [(500, 1, 0.5), (1000, 0.5, 0.5)]
 
     def test_time_ends_them_and_there_are_never_too_many(self, monkeypatch):
         walls = {"tinytorch": [1.0] * 99, "PyTorch": [1.0] * 99}
