@@ -8,8 +8,8 @@ from workload import Claim, Contender, Task, Workload
 from tinytorch.core.attention import scaled_dot_product_attention
 from tinytorch.core.autograd import no_grad
 from tinytorch.core.tensor import Tensor
-from tinytorch.generation.cache_compression import QuantizedKVCache
-from tinytorch.generation.kv_cache import KVCacheConfig, LayerKVCache
+from tinytorch.generation.cache_compression import QuantizedModelKVCache
+from tinytorch.generation.kv_cache import KVCacheConfig, create_kv_cache
 from tinytorch.generation.paged import paged_kv_cache
 from tinytorch.models.transformer import GPT, evaluating
 
@@ -48,27 +48,31 @@ class Text(Task):
 
 
 class Attention(Task):
-    """One query's attention in each of GPT-2's layers over what a cache holds, written once."""
+    """One token's attention in each of GPT-2's layers, over what a cache of this kind shows it."""
 
-    def __init__(self, make, context=1024, layers=12, heads=12, head_dim=64):
+    def __init__(self, factory, context=1024, layers=12, heads=12, head_dim=64):
         rng = np.random.default_rng(0)
         self.query = Tensor(rng.standard_normal((1, heads, 1, head_dim), dtype=np.float32))
-        self.caches = [make(1, context, heads, head_dim) for _ in range(layers)]
-        for cache in self.caches:
-            cache.update(*rng.standard_normal((2, 1, heads, context, head_dim), dtype=np.float32))
+        cache = factory(1, context, layers, heads, head_dim)
 
-    def attend(self, cache):
-        """(1, H, 1, D). The one place that knows how a cache of one layer is read."""
-        key, value = (part[None] for part in cache.get_kv(0))
-        return scaled_dot_product_attention(self.query, Tensor(key), Tensor(value)).numpy()
+        def update(tokens):
+            new = rng.standard_normal((layers, 2, 1, heads, tokens, head_dim), dtype=np.float32)
+            return [cache.update(layer, *new[layer]) for layer in range(layers)]
+
+        update(context - 1)
+        cache.advance()
+        self.views, self.attend = update(1), cache.attend or scaled_dot_product_attention
+
+    def attended(self, view):
+        return self.attend(self.query, view.key, view.value, None).numpy()
 
     def run(self):
         with no_grad():
-            for cache in self.caches:
-                self.attend(cache)
+            for view in self.views:
+                self.attended(view)
 
     def answer(self):
-        return self.attend(self.caches[0]).ravel().tolist()
+        return self.attended(self.views[0]).ravel().tolist()
 
 
 def cache_mib(shape) -> str:
@@ -110,8 +114,8 @@ WORKLOADS = [
     *gains("cache-6x384", "GPT 6 x 384", SIX, 6),
     Workload(
         "int8-attention", "attention of 12 layers on an int8 cache, context 1024",
-        {"int8": Contender(lambda folder: Attention(QuantizedKVCache)),
-         "float32": Contender(lambda folder: Attention(LayerKVCache))},
+        {"int8": Contender(lambda folder: Attention(QuantizedModelKVCache)),
+         "float32": Contender(lambda folder: Attention(create_kv_cache))},
         (Claim("int8", "float32", "ms", most=1.0),), 10, tolerance=0.02,
     ),
     paged("paged-small", "small GPT", SMALL),
