@@ -118,7 +118,8 @@ Every workload is run in turn by all who take part, each peer in a process of it
 number of threads. A figure is the median of the rounds; a ratio is the median of the ratios of neighbouring rounds,
 with its quartiles. By CPU time it is free of the time that other programs took, and not of what they did to memory.
 transformers runs its eager attention, or PyTorch's kernel (sdpa), with its cache; weights are random, and the same for
-all. The read limit is what a matrix of 512 MiB times a vector reads per second, in the same run.
+all. Our training keeps freed memory (`keep_memory`, lesson 07). The read limit is what a matrix of 512 MiB times a
+vector reads per second, in the same run.
 
 This page is written by `make bench BENCH_OPTIONS=--page`, after a full run.
 """

@@ -12,7 +12,7 @@ from tinytorch.core.activations import ReLU
 from tinytorch.core.layers import Linear, Sequential
 from tinytorch.core.losses import cross_entropy
 from tinytorch.core.optimizers import SGD, AdamW
-from tinytorch.core.training import train_step
+from tinytorch.core.training import keep_memory, train_step
 from tinytorch.models.transformer import GPT
 
 VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, SEQ_LEN, BATCH_SIZE = 1000, 64, 2, 4, 64, 16
@@ -126,6 +126,7 @@ class Steps(Task):
 
 
 def our_steps(model, optimizer, draw) -> Steps:
+    keep_memory()  # lesson 07; it holds for a whole process, so training has one of its own
     return Steps(draw, lambda batch: train_step(model, optimizer, cross_entropy, *batch))
 
 
@@ -158,7 +159,7 @@ def our_mlp_steps(folder):
 
 
 def beside_torch(name, title, ours, theirs, most) -> Workload:
-    contenders = {"tinytorch": Contender(ours), "PyTorch": Contender(theirs, "torch")}
+    contenders = {"tinytorch": Contender(ours, "tinytorch training"), "PyTorch": Contender(theirs, "torch")}
     return Workload(name, title, contenders, (Claim("tinytorch", "PyTorch", "ms", most=most),), 15)
 
 

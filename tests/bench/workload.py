@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-PEERS = {"tinytorch": (), "machine": (), "torch": ("torch",), "transformers": ("torch", "transformers")}
+PEERS = {  # each has a process, and needs packages
+    "tinytorch": (), "tinytorch training": (), "machine": (), "torch": ("torch",),
+    "transformers": ("torch", "transformers"),
+}  # fmt: skip
 
 
 def missing(peer: str) -> list[str]:
