@@ -7,7 +7,7 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO ?=
 TESTS ?= tests
-BENCH ?= kv_cache grading
+BENCH ?=
 
 .PHONY: help demo test bench lint build clean
 .DEFAULT_GOAL := help
@@ -21,8 +21,8 @@ demo: .venv/student  ## see the whole idea: a lesson completed, a GPT, its text 
 test: .venv/developer  ## run all tests (those against PyTorch run where it is installed, and say so where not)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -rs $(TESTS)
 
-bench: .venv/developer  ## measure the KV cache, and grading beside nbgrader (one of them: BENCH=kv_cache, BENCH=grading)
-	set -e; for each in $(BENCH); do $(ONE_THREAD) $(BIN)/python tests/bench/$$each.py; done
+bench: .venv/developer  ## measure beside the peers that are installed (QUICK=1: two minutes; BENCH=training: a part; BENCH=grading)
+	$(BIN)/python tests/bench $(BENCH) $(if $(QUICK),--quick) $(BENCH_OPTIONS)
 
 lint: .venv/developer  ## check style with ruff
 	$(BIN)/ruff check src tinytorch tito tests

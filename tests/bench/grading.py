@@ -291,14 +291,14 @@ def damage_page(work: Path) -> None:
     print(f"complete rows: nbgrader {complete['nbgrader']} of {len(texts)}, tito {complete['tito']} of {len(texts)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python tests/bench grading", description=__doc__.splitlines()[0])
     parser.add_argument("--students", type=int, default=40, help="submissions of lesson 17")
     parser.add_argument("--stock", type=int, help="how many of them nbgrader grades (default: all)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of tito, of which the median is shown")
     parser.add_argument("--many", type=int, default=400, help="submissions for the second figure of memory; 0: none")
     parser.add_argument("--no-damage", action="store_true", help="without the damaged and hostile submissions")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, load {os.getloadavg()[0]:.1f} when it began")
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         course = cost_page(Path(work), options.students, options.stock or options.students, options.repeats)
@@ -306,7 +306,3 @@ def main() -> None:
             memory_page(course, Path(work) / "package", options.many)
         if not options.no_damage:
             damage_page(Path(work))
-
-
-if __name__ == "__main__":
-    main()

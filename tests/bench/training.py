@@ -1,18 +1,26 @@
-"""Training steps to be measured: ours and PyTorch's, each made by one function.
+"""Training steps, ours beside PyTorch's: loss, check, backward, update, on a fresh batch each time.
 
-A function builds a model and its optimizer and gives back (draw, step). `step(draw())` is one training step on a fresh
-batch: an optimizer that sees one batch for ever runs into denormal numbers. Time the step alone. Run each peer in a
-process of its own, with one BLAS thread: two thread pools in one process disturb each other.
+An optimizer that sees one batch for ever runs into denormal numbers, which are slow.
 """
 
+import os
+
 import numpy as np
+from workload import Claim, Contender, Task, Workload
+
+from tinytorch.core.activations import ReLU
+from tinytorch.core.layers import Linear, Sequential
+from tinytorch.core.losses import cross_entropy
+from tinytorch.core.optimizers import SGD, AdamW
+from tinytorch.core.training import keep_memory, train_step
+from tinytorch.models.transformer import GPT
 
 VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, SEQ_LEN, BATCH_SIZE = 1000, 64, 2, 4, 64, 16
 PIXELS, HIDDEN, CLASSES, ROWS = 784, 128, 10, 64
 
 
 def text_batches(seed=0):
-    """A function that draws (ids, next ids), both (B, T): as in a text, few words make up most of it."""
+    """A function that draws (ids, next ids), both (B, T); as in a text, few words make up most of it."""
     rng = np.random.default_rng(seed)
     shares = 1 / np.arange(1, VOCAB_SIZE + 1)
     ends = np.cumsum(shares / shares.sum())
@@ -36,57 +44,19 @@ def image_batches(seed=0):
     return draw
 
 
-def gpt():
-    """Our GPT of lesson 13 with AdamW; this process keeps freed memory (lesson 07, keep_memory)."""
-    from tinytorch.core.losses import cross_entropy
-    from tinytorch.core.optimizers import AdamW
-    from tinytorch.core.training import keep_memory, train_step
-    from tinytorch.models.transformer import GPT
-
-    keep_memory()
-    model = GPT(VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, SEQ_LEN, rng=np.random.default_rng(0))
-    optimizer = AdamW(model.parameters(), lr=1e-3)
-    return text_batches(), lambda batch: train_step(model, optimizer, cross_entropy, *batch)
+def our_gpt():
+    return GPT(VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, SEQ_LEN, rng=np.random.default_rng(0))
 
 
-def mlp():
-    """Our 784-128-10 network with ReLU and SGD; this process keeps freed memory (lesson 07, keep_memory)."""
-    from tinytorch.core.activations import ReLU
-    from tinytorch.core.layers import Linear, Sequential
-    from tinytorch.core.losses import cross_entropy
-    from tinytorch.core.optimizers import SGD
-    from tinytorch.core.training import keep_memory, train_step
-
-    keep_memory()
+def our_mlp():
     rng = np.random.default_rng(0)
-    model = Sequential(Linear(PIXELS, HIDDEN, rng=rng), ReLU(), Linear(HIDDEN, CLASSES, rng=rng))
-    optimizer = SGD(model.parameters(), lr=0.05)
-    return image_batches(), lambda batch: train_step(model, optimizer, cross_entropy, *batch)
+    return Sequential(Linear(PIXELS, HIDDEN, rng=rng), ReLU(), Linear(HIDDEN, CLASSES, rng=rng))
 
 
-def torch_stepper(model, optimizer):
-    """One step of a PyTorch model as ours does it: loss, check, backward, update."""
-    import torch
-
-    def step(batch):
-        inputs, targets = map(torch.from_numpy, batch)
-        logits = model(inputs)
-        loss = torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def torch_gpt():
-    """The same GPT in PyTorch, eager, with its own attention kernel and layer norm; head tied to the embedding."""
+def their_gpt():
+    """The same GPT in PyTorch, eager, with its own attention kernel and layer norm; its parts are named as ours."""
     import torch
     from torch import nn
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
 
     class Block(nn.Module):
         def __init__(self):
@@ -105,31 +75,97 @@ def torch_gpt():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(VOCAB_SIZE, EMBED_DIM), nn.Embedding(SEQ_LEN, EMBED_DIM)
+            self.token_embedding = nn.Embedding(VOCAB_SIZE, EMBED_DIM)
+            self.position_embedding = nn.Embedding(SEQ_LEN, EMBED_DIM)
             self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(NUM_LAYERS))), nn.LayerNorm(EMBED_DIM)
             self.head = nn.Linear(EMBED_DIM, VOCAB_SIZE, bias=False)
-            self.head.weight = self.tokens.weight
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    nn.init.normal_(parameter, std=0.02)
+            self.head.weight = self.token_embedding.weight
 
         def forward(self, ids):
-            return self.head(self.norm(self.blocks(self.tokens(ids) + self.places.weight[: ids.shape[1]])))
+            x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+            return self.head(self.norm(self.blocks(x)))
 
-    model = Model()
-    return text_batches(), torch_stepper(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    return with_our_weights(Model(), our_gpt()), lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def torch_mlp():
-    """The same 784-128-10 network in PyTorch, eager."""
+def their_mlp():
     import torch
     from torch import nn
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
-    return image_batches(), torch_stepper(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    return with_our_weights(model, our_mlp()), lambda model: torch.optim.SGD(model.parameters(), lr=0.05)
 
 
-# workload: ours, PyTorch's, and the ratio of their times that we want at most
-WORKLOADS = {"training step, small GPT": (gpt, torch_gpt, 1.25), "training step, MLP": (mlp, torch_mlp, 0.8)}
+def with_our_weights(theirs, ours):
+    """PyTorch's model, which starts where ours starts; its parts have the names of ours, less attention and mlp."""
+    import torch
+
+    start = {name.replace("attention.", "").replace("mlp.", ""): p.data for name, p in ours.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(torch.from_numpy(start[name]))
+    return theirs
+
+
+class Steps(Task):
+    """step(batch) -> loss, on batches that `draw` makes while no clock runs."""
+
+    def __init__(self, draw, step):
+        self.draw, self.step = draw, step
+        self.rewind()
+
+    def run(self):
+        self.step(self.batch)
+
+    def rewind(self):
+        self.batch = self.draw()
+
+    def answer(self):
+        """The losses of the first steps: the same start, batches and rules give the same."""
+        return [float(self.step(self.draw())) for _ in range(3)]
+
+
+def our_steps(model, optimizer, draw) -> Steps:
+    keep_memory()  # lesson 07; it holds for a whole process, so training has one of its own
+    return Steps(draw, lambda batch: train_step(model, optimizer, cross_entropy, *batch))
+
+
+def their_steps(model, new_optimizer, draw) -> Steps:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    optimizer = new_optimizer(model)
+
+    def step(batch):
+        inputs, targets = map(torch.from_numpy, batch)
+        logits = model(inputs)
+        loss = torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return Steps(draw, step)
+
+
+def our_gpt_steps(folder):
+    model = our_gpt()
+    return our_steps(model, AdamW(model.parameters(), lr=1e-3), text_batches())
+
+
+def our_mlp_steps(folder):
+    model = our_mlp()
+    return our_steps(model, SGD(model.parameters(), lr=0.05), image_batches())
+
+
+def beside_torch(name, title, ours, theirs, most) -> Workload:
+    contenders = {"tinytorch": Contender(ours, "tinytorch training"), "PyTorch": Contender(theirs, "torch")}
+    return Workload(name, title, contenders, (Claim("tinytorch", "PyTorch", "ms", most=most),), 15)
+
+
+WORKLOADS = [
+    beside_torch("train-gpt", "training step, GPT 2 x 64, 16 x 64 tokens, AdamW",
+                 our_gpt_steps, lambda folder: their_steps(*their_gpt(), text_batches()), 1.25),
+    beside_torch("train-mlp", "training step, MLP 784-128-10, batch 64, SGD",
+                 our_mlp_steps, lambda folder: their_steps(*their_mlp(), image_batches()), 0.8),
+]  # fmt: skip
