@@ -238,8 +238,7 @@ class TestLibrary:
             (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
             ours = load_tokenizer(tmp_path)
             shortcuts.append(ours.bpe.in_order())
-            for _ in range(40):
-                text = "".join(rng.choices("aaabbc", k=rng.randrange(1, 30)))
+            for text in ["".join(rng.choices("aaabbc", k=rng.randrange(1, 30))) for _ in range(40)] + tokens:
                 assert ours.encode(text) == theirs.encode(text).ids, f"{merges} on {text}"
         assert 0 < sum(shortcuts) < 150, "both ways to merge should occur"
 
@@ -314,6 +313,24 @@ class TestTransformers:
         ours = check_directory(tmp_path)
         assert (ours.bos_id, ours.eos_ids) == (1, [2])
 
+    @pytest.mark.parametrize("flags", [{}, {"added_tokens_decoder": {
+        "0": {"content": "<unk>", "lstrip": True, "special": True},
+        "1": {"content": "<s>", "rstrip": True, "special": True},
+    }}])  # fmt: skip
+    @pytest.mark.parametrize("adds", [{}, {"add_bos_token": False, "add_eos_token": True}])
+    def test_roles_and_flags_of_the_configuration(self, tmp_path, flags, adds):
+        """Beside a file whose own tokens have other flags, or lack a role's token."""
+        trained("llama3").save(str(tmp_path / "tokenizer.json"))
+        mask = {"__type": "AddedToken", "content": "sword", "lstrip": True, "special": True}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+                  "pad_token": "<L>", "mask_token": mask, "additional_special_tokens": ["<x", "function"]}  # fmt: skip
+        older = {"unk_token": {"content": "<n\u0301>", "single_word": True}}
+        for name, content in {"tokenizer_config": config | flags | adds, "special_tokens_map": older}.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        ours = check_directory(tmp_path)
+        assert "function" in ours.special_tokens and "<x" not in ours.special_tokens
+        assert ("<n\u0301>" in ours.special_tokens) == (not flags)
+
     def test_llama(self, tmp_path):
         model = json.loads(trained("metaspace first").to_str())["model"]
         merges = [tuple(pair) for pair in model["merges"]]
@@ -330,8 +347,8 @@ class TestTransformers:
         (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
         lines = "".join(f"{left} {right}\n" for left, right in merges)
         (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
-        config = {"tokenizer_class": {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}[kind],
-                  "add_prefix_space": bool(extra)}  # fmt: skip
+        config = {"tokenizer_class": {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}[kind]}
+        config |= dict.fromkeys(["add_prefix_space", "add_bos_token", "add_eos_token"], bool(extra))
         for name, content in {"tokenizer_config.json": config, **extra}.items():
             (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
         check_directory(tmp_path)

@@ -21,6 +21,7 @@ from tinytorch.text.tokenization import read_merges
 __all__ = ["load_tokenizer"]
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+ADDING = ("add_bos_token", "add_eos_token")
 CONFIG, OLDER, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
@@ -37,6 +38,8 @@ def load_tokenizer(path):
     config = read_config(folder)
     if file.is_file() or not path.is_dir():
         state = open_json(file)
+        for role in ADDING:  # here the post-processor has the say
+            config.pop(role, None)
     elif all((folder / name).is_file() for name in (VOCAB, MERGES)):
         state = gpt2_state(folder, config)
     else:
@@ -155,8 +158,8 @@ def read_triples(part, ids):
 
 
 def read_around(state, config, ids):
-    """(ids before, ids after) a text: the post-processor's, unless tokenizer_config.json itself says what to add."""
-    adding = [config.get(f"add_{role}") for role in NAMES[:2]]
+    """(ids before, ids after) a text: what tokenizer_config.json adds, or else the post-processor's."""
+    adding = [config.get(name) for name in ADDING]
     if adding != [None, None]:
         return [role_ids(role, config, ids) if add and add.of(bool) else [] for role, add in zip(NAMES, adding)]
     around = read_post_processor(state.get("post_processor"))

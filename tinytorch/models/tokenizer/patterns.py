@@ -133,7 +133,7 @@ def read_group(pattern, at, opening):
 def translate_one(piece, fold, at):
     """A character, an escape or a class; with `fold`, upper case and lower case are equal."""
     if piece == ".":
-        return r"[^\n]"
+        return piece
     if piece.startswith("["):
         inside = piece[1:-1].removeprefix("^")
         negated, members = piece[1] == "^", list(MEMBER.finditer(inside))
