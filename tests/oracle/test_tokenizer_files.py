@@ -19,12 +19,14 @@ from tinytorch.core.training import CheckpointError
 from tinytorch.models.tokenizer import load_tokenizer
 from tinytorch.models.tokenizer.added import is_word, spaces
 from tinytorch.models.tokenizer.files import QWEN2_CHUNKS
+from tinytorch.models.tokenizer.patterns import translate
+from tinytorch.models.tokenizer.steps import isolate
 
 tk = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 TEXT = "\n".join(topics[name] for name in sorted(topics))[:150_000]
-TEXT += " naïve café 中文 日本語 12345 الله 😀😀 e\u0301 don't DON'T I'll\r\n\r\n   " * 100
+TEXT += " naïve café 中文 日本語 12345 الله \U0001f600\U0001f600 e\u0301 don't DON'T I'll\r\n\r\n   " * 100
 LLAMA3_CHUNKS = QWEN2_CHUNKS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT4O_CHUNKS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -141,7 +143,8 @@ PIECES = [
     "'s", "'S", "'ſ", "'T", "'lL", "'RE", "'ve", "'K", "'m", "12345", "  ", "   ", "\n", "\r\n", "\t", "\t\t",
     "\u00a0", "\u3000", "\x85", "\x1c", "\x0b", "\u2028", "</s>", "<s>", "<unk>", "<L>", "<R>", "word", " word ",
     "sword", "Ⓐword", "word\u200d", "<n e\u0301>", "<n é>", "<x", "<xy>", "<sp>", "<Sp>", "▁", "▁▁", "<0x41>",
-    "👩\u200d👩\u200d👧", "🇩🇪", "the ", "function", " def", "中文", "אבג", "ﷺ", "e\u0301", "\u0323\u0301", "ﬁ", "İ",
+    "\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea",
+    "the ", "function", " def", "中文", "אבג", "ﷺ", "e\u0301", "\u0323\u0301", "ﬁ", "İ",
     "ß", "_", ".", "½", "٣",
 ]  # fmt: skip
 
@@ -235,10 +238,23 @@ class TestLibrary:
             (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
             ours = load_tokenizer(tmp_path)
             shortcuts.append(ours.bpe.in_order())
-            for _ in range(40):
-                text = "".join(rng.choices("aaabbc", k=rng.randrange(1, 30)))
+            for text in ["".join(rng.choices("aaabbc", k=rng.randrange(1, 30))) for _ in range(40)] + tokens:
                 assert ours.encode(text) == theirs.encode(text).ids, f"{merges} on {text}"
         assert 0 < sum(shortcuts) < 150, "both ways to merge should occur"
+
+    @pytest.mark.parametrize("pattern", [
+        r"\d+", r"\D+", r"\S+", r"\P{L}+", r"[\p{Sc}\p{Nl}A]", ".", r"(?i:'sk|[^dk])|\p{Lm}{2}",
+        r"\.++|a*\p{M}+|a+", r"[a-c\-\]^]+", r"\p{L}\p{M}?(?=\s)|\p{Z}", r"[&\\/]|(x|y)z",
+        r"\s\r?\n|[ \t]{2,3}", "[一-龥]",
+    ])  # fmt: skip
+    def test_pieces_of_patterns(self, pattern):
+        """Oniguruma, which the library uses, cuts as our translation does."""
+        theirs = tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated")
+        rng, ours = random.Random(pattern), isolate(translate(pattern))
+        for _ in range(60):
+            some = rng.choices(assigned(), k=20) + rng.choices("aAbcdxyz'sSkK\u212aſ \t\r\n.^-]&/1\u0301", k=60)
+            text = "".join(rng.sample(some, len(some)))
+            assert ours(text, True) == [piece for piece, _ in theirs.pre_tokenize_str(text)], repr(text)
 
     def test_word_characters_and_white_space(self):
         """What a token with single_word or lstrip looks at, for each assigned character before it."""
@@ -297,6 +313,24 @@ class TestTransformers:
         ours = check_directory(tmp_path)
         assert (ours.bos_id, ours.eos_ids) == (1, [2])
 
+    @pytest.mark.parametrize("flags", [{}, {"added_tokens_decoder": {
+        "0": {"content": "<unk>", "lstrip": True, "special": True},
+        "1": {"content": "<s>", "rstrip": True, "special": True},
+    }}])  # fmt: skip
+    @pytest.mark.parametrize("adds", [{}, {"add_bos_token": False, "add_eos_token": True}])
+    def test_roles_and_flags_of_the_configuration(self, tmp_path, flags, adds):
+        """Beside a file whose own tokens have other flags, or lack a role's token."""
+        trained("llama3").save(str(tmp_path / "tokenizer.json"))
+        mask = {"__type": "AddedToken", "content": "sword", "lstrip": True, "special": True}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+                  "pad_token": "<L>", "mask_token": mask, "additional_special_tokens": ["<x", "function"]}  # fmt: skip
+        older = {"unk_token": {"content": "<n\u0301>", "single_word": True}}
+        for name, content in {"tokenizer_config": config | flags | adds, "special_tokens_map": older}.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        ours = check_directory(tmp_path)
+        assert "function" in ours.special_tokens and "<x" not in ours.special_tokens
+        assert ("<n\u0301>" in ours.special_tokens) == (not flags)
+
     def test_llama(self, tmp_path):
         model = json.loads(trained("metaspace first").to_str())["model"]
         merges = [tuple(pair) for pair in model["merges"]]
@@ -314,6 +348,7 @@ class TestTransformers:
         lines = "".join(f"{left} {right}\n" for left, right in merges)
         (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
         config = {"tokenizer_class": {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}[kind]}
+        config |= dict.fromkeys(["add_prefix_space", "add_bos_token", "add_eos_token"], bool(extra))
         for name, content in {"tokenizer_config.json": config, **extra}.items():
             (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
         check_directory(tmp_path)

@@ -213,7 +213,7 @@ class TestPatterns:
         r"a|", r"(?=a)", r"\s+$", r"\w+", r"\bx", r"(?<!a)b", r"(?<n>a)", r"\1", r"a+?b", r"[[:alpha:]]", r"[a&&b]",
         r"\p{Han}", r"\p{^L}", r"(?i:straße)", r"(?i:fix)", r"(?i:\p{L})", r"(?x: a)", r"(a", r"a)", r"[a", r"[z-a]",
         r"a{3,2}", r"+", r"x" * 5000, "\\",
-        r"a{1,7}b{1,7}c{1,7}d", r"\s*\s*x", r"\s*x|.\s+", r"\s+(?!\S)",
+        r"a{1,7}b{1,7}c{1,7}d", r"\s*\s*x", r"\s*x|.\s+", r"\s*x|a+", r"\s+(?!\S)",
     ])  # fmt: skip
     def test_unknown_or_slow_ones_are_refused(self, tmp_path, pattern):
         with pytest.raises(ValueError):

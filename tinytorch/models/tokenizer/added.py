@@ -107,21 +107,22 @@ def collect_added(state, config):
         added[token.content] = token
     roles = [read_named(config[name]) for name in NAMES if name in config]
     others = [read_named(part) for name in OTHERS if name in config for part in members(config[name])]
+    listed = added
     if "added_tokens_decoder" in config:
         decoder = config["added_tokens_decoder"]
         tokens = [read_added(decoder.get(key), key_id(decoder, key)) for key in decoder.of(dict)]
-        added |= {token.content: token for token in sorted(tokens, key=lambda token: token.id)}
+        listed = {token.content: token for token in sorted(tokens, key=lambda token: token.id)}
+        added |= listed
     elif "added_tokens" in config:
         special, older = {token.content for token in roles + others}, config["added_tokens"]
         for content in older.value:
             flags = {"content": content, "special": content in special}
             token = read_added(Part(older.file, content, flags), older.get(content).id())
             added.setdefault(content, token)
-    for token in roles:
-        added[token.content] = replace(added.get(token.content, token), special=True)
-    for token in others:
+    for token in roles + others:
         added.setdefault(token.content, token)
-    return list(added.values())
+    made_special = {token.content for token in roles if token.content in listed}
+    return [replace(token, special=token.special or token.content in made_special) for token in added.values()]
 
 
 def members(part):

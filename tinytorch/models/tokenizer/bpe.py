@@ -4,7 +4,7 @@ Written by hand, not built from a lesson.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tinytorch.models.tokenizer.added import Finder
 from tinytorch.text.tokenization import (
@@ -96,7 +96,7 @@ class FileTokenizer:
     before: list  # ids around a text
     after: list
     bos_id: int | None = None
-    eos_ids: list = ()
+    eos_ids: list = field(default_factory=list)
 
     def __post_init__(self):
         found = [(self.normalize(token.content) if token.normalized else token.content, token) for token in self.added]

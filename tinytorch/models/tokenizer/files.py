@@ -21,6 +21,7 @@ from tinytorch.text.tokenization import read_merges
 __all__ = ["load_tokenizer"]
 
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+ADDING = ("add_bos_token", "add_eos_token")
 CONFIG, OLDER, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
@@ -37,6 +38,8 @@ def load_tokenizer(path):
     config = read_config(folder)
     if file.is_file() or not path.is_dir():
         state = open_json(file)
+        for role in ADDING:  # here the post-processor has the say
+            config.pop(role, None)
     elif all((folder / name).is_file() for name in (VOCAB, MERGES)):
         state = gpt2_state(folder, config)
     else:
@@ -51,11 +54,10 @@ def build(state, config, folder):
     bpe = read_bpe(state.get("model"), of_bytes)
     added = give_ids(collect_added(state, config), bpe.vocab, state)
     ids = bpe.vocab | {token.content: token.id for token in added}
-    tokenizer = FileTokenizer(bpe, added, read_normalizer(state.get("normalizer")), chunks,
-                              read_decoder(state.get("decoder"), of_bytes), *read_around(state, config, ids))  # fmt: skip
-    bos, tokenizer.eos_ids = (named_ids(role, folder, config, ids) for role in NAMES[:2])
-    tokenizer.bos_id = bos[0] if bos else None
-    return tokenizer
+    normalize, decoder = read_normalizer(state.get("normalizer")), read_decoder(state.get("decoder"), of_bytes)
+    before, after = read_around(state, config, ids)
+    bos, eos = (named_ids(role, folder, config, ids) for role in NAMES[:2])
+    return FileTokenizer(bpe, added, normalize, chunks, decoder, before, after, bos[0] if bos else None, eos)
 
 
 def open_json(file):
@@ -75,14 +77,10 @@ def read_config(folder):
 
 # vocab.json and merges.txt: what tokenizer.json would say beside them
 
-GPT2 = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "decoder": {"type": "ByteLevel"}}
 QWEN2_CHUNKS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                 r"|\s+(?!\S)|\s+")  # fmt: skip
-QWEN2 = {"normalizer": {"type": "NFC"}, "decoder": {"type": "ByteLevel"},
-         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-             {"type": "Split", "pattern": {"Regex": QWEN2_CHUNKS}, "behavior": "Isolated"},
-             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}  # fmt: skip
-CLASSES = {"GPT2Tokenizer": GPT2, "Qwen2Tokenizer": QWEN2}
+QWEN2_SPLIT = {"type": "Split", "pattern": {"Regex": QWEN2_CHUNKS}, "behavior": "Isolated"}
+CLASSES = {"GPT2Tokenizer": (None, []), "Qwen2Tokenizer": ({"type": "NFC"}, [QWEN2_SPLIT])}  # normalizer, first steps
 MODELS = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", None: "GPT2Tokenizer"}
 END = "<|endoftext|>"  # begins and ends texts, where no other token is named
 
@@ -96,13 +94,16 @@ def gpt2_state(folder, config):
     name = kind.of(str).removesuffix("Fast")
     if name not in CLASSES:
         raise kind.error(f"is {short(name)}; without a {WHOLE} we know only {', '.join(CLASSES)}")
-    if config.get("add_prefix_space", kind).value is True:
-        raise config["add_prefix_space"].error(f"is true, which we take only from a {WHOLE}")
     vocab = read_json(folder / VOCAB)
     for role in NAMES[:3] if name == "GPT2Tokenizer" else NAMES[1:3]:
         if END in vocab:
             config.setdefault(role, Part(folder / VOCAB, role, END))
-    return Part(folder / VOCAB, "", {**CLASSES[name], "model": {"vocab": vocab, "merges": folder / MERGES}})
+    normalizer, steps = CLASSES[name]
+    prefix = config["add_prefix_space"].of(bool) if "add_prefix_space" in config else False
+    last = {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": not steps}
+    return Part(folder / VOCAB, "", {
+        "normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]},
+        "decoder": {"type": "ByteLevel"}, "model": {"vocab": vocab, "merges": folder / MERGES}})  # fmt: skip
 
 
 # The parts that are no steps
@@ -157,8 +158,8 @@ def read_triples(part, ids):
 
 
 def read_around(state, config, ids):
-    """(ids before, ids after) a text: the post-processor's, unless tokenizer_config.json itself says what to add."""
-    adding = [config.get(f"add_{role}") for role in NAMES[:2]]
+    """(ids before, ids after) a text: what tokenizer_config.json adds, or else the post-processor's."""
+    adding = [config.get(name) for name in ADDING]
     if adding != [None, None]:
         return [role_ids(role, config, ids) if add and add.of(bool) else [] for role, add in zip(NAMES, adding)]
     around = read_post_processor(state.get("post_processor"))

@@ -74,7 +74,9 @@ class Part:
 
 def short(value):
     """A value as an error shows it."""
-    text = f"a {type(value).__name__}" if isinstance(value, (dict, list)) and str(value)[60:] else repr(value)
+    if isinstance(value, (dict, list)):  # maybe deeper than Python's repr can go
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 

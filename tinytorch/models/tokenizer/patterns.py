@@ -26,9 +26,10 @@ PIECE = re.compile(
 )
 MEMBER = re.compile(r"(?P<name>\\[pP]\{\w+\}|\\[sSdD])|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\]))?", re.DOTALL)
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}
-FOLDS = {"s": "ſ", "k": "\u212a"}  # what is equal to an ASCII letter, beside its other case
+FOLDS = {"s": "ſ", "k": "\u212a"}  # where case counts not, these are equal to an ASCII letter, too
 LONGEST = 2000  # characters of a pattern
-LONG, CHOICES = 8, 64  # repeats from here on count as endless; ways through the short ones of one alternative
+LONG = 8  # a repeat of so many counts as endless
+CHOICES = 64  # ways to read the other repeats and groups of one alternative
 
 
 @dataclass
@@ -48,10 +49,15 @@ class Item:
 
 
 @cache
+def lesson_classes():
+    return dict(zip(("L", "N", "space"), unicode_classes()))
+
+
+@cache
 def named_class(name):
     """A general category, such as L or Lu, or "space", Unicode's White_Space, as the inside of [...]."""
-    if name in ("L", "N", "space"):
-        return dict(zip(("L", "N", "space"), unicode_classes()))[name]
+    if name in lesson_classes():
+        return lesson_classes()[name]
     everything = map(chr, range(sys.maxunicode + 1))
     found = character_class(c for c in everything if unicodedata.category(c).startswith(name))
     if not found:
@@ -127,7 +133,7 @@ def read_group(pattern, at, opening):
 def translate_one(piece, fold, at):
     """A character, an escape or a class; with `fold`, upper case and lower case are equal."""
     if piece == ".":
-        return r"[^\n]"
+        return piece
     if piece.startswith("["):
         inside = piece[1:-1].removeprefix("^")
         negated, members = piece[1] == "^", list(MEMBER.finditer(inside))
@@ -150,10 +156,9 @@ def translate_member(member, fold, at):
     first, last = literal(member["first"], at), literal(member["last"] or member["first"], at)
     if first > last:
         raise ValueError(f"at character {at}: the range {member[0]!r} runs backwards")
-    others = {first.lower(), first.upper(), FOLDS.get(first.lower(), first)} if fold else {first}
-    if member["last"]:
-        return rf"\U{ord(first):08x}-\U{ord(last):08x}"
-    return character_class(sorted(others))
+    if fold:
+        return character_class(sorted({first.lower(), first.upper(), FOLDS.get(first.lower(), first)}))
+    return rf"\U{ord(first):08x}-\U{ord(last):08x}"
 
 
 def literal(text, at):
@@ -168,11 +173,11 @@ def literal(text, at):
 
 
 def check_time(alternatives):
-    """Refuse what might take more time than a constant per character of text, or match nothing at all.
+    """Refuse what may take more time than a constant per character of text, or match nothing at all.
 
-    Inside of an alternative, at most two long repeats, and nothing after the second that could fail: so an attempt
-    looks at each character a few times. An attempt that fails after a long repeat was for nothing; so the next
-    alternative must take that run of characters, and the search does not begin again inside of it.
+    An alternative has at most two long repeats, and nothing after the second that could fail: so one attempt looks at
+    each character a few times. Where it may fail after a long repeat, the next alternative must take the characters
+    that it passed: so no later attempt begins among them.
     """
     for number, items in enumerate(alternatives):
         where = f"alternative {number + 1}"

@@ -60,7 +60,7 @@ def unicode_form(part):
 def replace(part):
     pattern, content = pattern_of(part), part.get("content").of(str)
     if len(content) > len(part.get("pattern").get("String", "?").of(str)):
-        raise part.error("replaces by more characters than it finds, which a row of them can do without end")
+        raise part.error("replaces by more characters than it finds; a row of such steps could fill any memory")
     return lambda text: pattern.sub(lambda _: content, text)
 
 
@@ -168,7 +168,6 @@ def replace_tokens(part):
 
 def byte_fallback(part):
     """Tokens such as <0xE2> are bytes; where a row of them is not UTF-8, each byte of it becomes U+FFFD."""
-
     is_byte = re.compile("<0x[0-9A-Fa-f]{2}>").fullmatch
 
     def text_of(row):
