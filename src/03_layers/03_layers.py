@@ -126,7 +126,7 @@ read from memory for very little arithmetic, and what counts is how fast it is r
 
 # %%
 #| export
-FEW_ROWS, SOME_ROWS = 4, 32  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
+FEW_ROWS, SOME_ROWS = 4, 64  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
 SMALL_PRODUCT = 1_000_000  # multiplications: OpenBLAS first rearranges the factors of larger products
 
 

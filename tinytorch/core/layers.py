@@ -38,7 +38,7 @@ from tinytorch.core.tensor import Tensor, apply, default_rng, multiply_array
 
 
 # %% cell 11
-FEW_ROWS, SOME_ROWS = 4, 32  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
+FEW_ROWS, SOME_ROWS = 4, 64  # measured with OpenBLAS; FEW_ROWS = SOME_ROWS = 0 is NumPy's own way for all
 SMALL_PRODUCT = 1_000_000  # multiplications: OpenBLAS first rearranges the factors of larger products
 
 
