@@ -16,8 +16,8 @@
 """
 # Lesson 21: Modern transformers
 
-**We build** Llama: the GPT of lesson 13 with the four parts that have changed since GPT-2, each with its own
-gradient rule.
+**We build** Llama: the GPT of lesson 13 with the four parts that have changed since GPT-2. Three of them compute
+something new, and get a gradient rule of their own.
 
 **It needs** attention (12), GPT (13) and the gradient rules (05). The checks borrow the cache of lesson 17, and the
 last measurement AdamW (06).
@@ -120,9 +120,9 @@ predicted_rms = [1, 1, 1, 1]
 def test_unit_predict_rms():
     """NumPy: the row over the root of its mean square."""
     x = np.array([5, 5, 5, 5])
-    expected = (x / np.sqrt(np.mean(x * x))).tolist()
-    assert list(predicted_rms) == expected, (
-        f"got {list(predicted_rms)}, expected {expected}: no mean is taken out, so only the size of the row is lost"
+    got, expected = np.ravel(predicted_rms).tolist(), (x / np.sqrt(np.mean(x * x))).tolist()
+    assert got == expected, (
+        f"got {got}, expected {expected}: no mean is taken out, so only the size of the row is lost"
     )
 
 
@@ -152,13 +152,15 @@ def rms_factor(x, eps=1e-6):
 def test_unit_rms_factor():
     """The picture's numbers, a row of equal numbers, and a row of zeros, where eps is all there is."""
     x = np.array([[2, 4, 4, 8], [5, 5, 5, 5], [0, 0, 0, 0]], np.float32)
+    before = x.copy()
     factor = rms_factor(x, eps=1e-4)
     assert factor.shape == (3, 1), f"got shape {factor.shape}, expected (3, 1): one factor per row"
+    assert np.array_equal(x, before), "x was changed in place; who called still needs it"
     got = factor[:, 0]
     assert not np.isclose(got[0], 1 / 10, rtol=1e-3), f"factor {got[0]:.3f}: the sum of the squares, not the mean"
-    assert np.isfinite(got[1]) and np.isclose(got[1], 1 / 5, rtol=1e-3), (
-        f"[5, 5, 5, 5] got the factor {got[1]:.3f}, expected 0.2: was the mean subtracted first?")
-    assert np.isclose(got[0], 1 / 5, rtol=1e-3), f"[2, 4, 4, 8] got the factor {got[0]:.3f}, expected 1 / 5"
+    assert got[1] < 99, f"[5, 5, 5, 5] got the factor {got[1]:.3f}, expected 0.2: was the mean subtracted first?"
+    assert np.allclose(got[:2], 1 / 5, rtol=1e-3), (
+        f"[2, 4, 4, 8] and [5, 5, 5, 5] got the factors {got[:2]}, expected 0.2 for both: 1 / root of the mean square")
     assert np.isclose(got[2], 100, rtol=1e-3), (
         f"zeros with eps=1e-4 got {got[2]:.1f}, expected 100 = 1 / sqrt(eps): eps stands inside of the root")
     assert factor.dtype == np.float32, f"got {factor.dtype}, expected float32"
@@ -216,16 +218,20 @@ def test_unit_rms_norm_rule():
     x, weight, grad = rng.standard_normal((2, 3, 6)) + 1, rng.standard_normal(6), rng.standard_normal((2, 3, 6))
     before = grad.copy()
     grad_x, grad_weight = rms_norm_rule(grad, rms_norm_array(x, weight), x, weight)
-    assert grad_x.shape == x.shape and grad_weight.shape == (6,), f"got shapes {grad_x.shape} and {grad_weight.shape}"
+    assert grad_x.shape == x.shape and grad_weight.shape == (6,), (
+        f"got shapes {grad_x.shape} and {grad_weight.shape}, expected (2, 3, 6) and (6,): return both gradients, of x first")
     assert np.array_equal(grad, before), "the rule changed the gradient that it was given; others still need it"
     factor, h = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6), grad * weight
     as_layer_norm = grad_x + factor * h.mean(-1, keepdims=True)
     assert np.abs((as_layer_norm * x).sum(-1)).max() > 1e-4, "a mean was taken out of h, as in lesson 13's rule"
     along = np.abs((grad_x * x).sum(-1)).max()
-    assert along < 1e-4, f"grad of x points {along:.3g} along x, expected about 0: stretching x changes nothing"
+    assert along < 1e-4, (
+        f"grad of x points {along:.3g} along x, expected about 0: stretching x changes nothing; is n * mean(h * n) "
+        "taken out, with the mean of each row?")
     slope = ((rms_norm_array(x + 1e-6 * grad_x, weight) - rms_norm_array(x, weight)) * grad).sum() / 1e-6
     ratio = slope / (grad_x**2).sum()
-    assert abs(ratio - 1) < 1e-3, f"grad of x has {1 / ratio:.3f} times the expected size: is the factor in it, once?"
+    assert abs(ratio - 1) < 1e-3, (
+        f"grad of x has {1 / ratio:.3f} times the expected size: is the factor in it, once? And the weight, in h?")
     check_gradients(lambda *inputs: apply(rms_norm_array, *inputs), x, weight)
     ### BEGIN HIDDEN TESTS
     check_gradients(lambda *inputs: apply(rms_norm_array, *inputs, eps=0.3), x[0], weight - 2)
@@ -323,7 +329,7 @@ predicted_score = 1
 # %% nbgrader={"grade": true, "grade_id": "21-predict-score-test", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 def test_unit_predict_score():
     """Complex numbers: times 1j is a quarter turn, and a dot product is the real part of a * conj(b)."""
-    expected = (1j**6 * np.conj(1j**2)).real
+    expected = (1j**6 * (1j**2).conjugate()).real
     assert predicted_score == expected, (
         f"got {predicted_score}, expected {expected:.0f}: the distance is 4, and four quarter turns are none"
     )
@@ -334,7 +340,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-One angle would repeat itself: distance 4 looked like distance 0. So every pair has an angle of its own, like the
+One angle would repeat itself: distance 4 would look like distance 0. So every pair has an angle of its own, like the
 hands of a clock. Pair i of a head with D numbers turns by theta ** (-2i / D) per position. D = 8, theta = 10000:
 
     pair      0     1      2       3
@@ -370,8 +376,11 @@ def test_unit_frequencies():
     assert got.shape == (4,), f"head_dim 8: got shape {got.shape}, expected (4,): one angle per pair"
     assert got[-1] < 1, f"got {got}: the angles grow; the exponent is negative"
     assert np.allclose(got, [1, 0.1, 0.01, 0.001]), (
-        f"got {got.round(4)}, expected [1, 0.1, 0.01, 0.001]; [1, 0.3162, ...] forgets the 2 in -2i / D"
+        f"got {got.round(4)}, expected [1, 0.1, 0.01, 0.001]; [1, 0.3162, ...] forgets the 2 in -2i / D, "
+        "[0.1, ...] begins with pair 1"
     )
+    got = rotary_frequencies(4, 100.0)
+    assert np.allclose(got, [1, 0.1]), f"theta 100, head_dim 4: got {got.round(4)}, expected [1, 0.1]: use theta"
     assert got.dtype == np.float64, f"got {got.dtype}, expected float64"
     ### BEGIN HIDDEN TESTS
     got = rotary_frequencies(6, theta=500000.0)
@@ -399,9 +408,10 @@ no error.
 # %% [markdown]
 """
 Turned, (a, b) is (a cos - b sin, b cos + a sin). Every number is multiplied by its cos, and gets its *partner* times
-sin, in the first half with a minus. The tables are made so, once for all layers:
+sin, in the first half with a minus. The tables are made so, once for all layers. D = 4, and c0 and s0 are the cos and
+sin of pair 0's angle:
 
-    cos = [cos 0, cos 1, cos 0, cos 1]     sin = [-sin 0, -sin 1, sin 0, sin 1]      D = 4
+    cos = [c0, c1, c0, c1]     sin = [-s0, -s1, s0, s1]
 """
 
 # %%
@@ -421,8 +431,11 @@ def rotary_table(positions, frequencies):
 
 # %% [markdown]
 """
-**Build** the turn, and its gradient rule. A turn keeps lengths and angles; what would bring a gradient back to where
-x was before it?
+**Build** the turn, and its gradient rule. Turn both arrows of a dot product, and it stays what it was:
+
+    grad . turned(x)  =  turned back(grad) . x
+
+The left side is how a change of x moves the loss. So what is the gradient of x?
 """
 
 # %% nbgrader={"grade": false, "grade_id": "21-rotate", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -444,7 +457,7 @@ def rotate_array(x, cos, sin):
 
 @gradient(rotate_array)
 def rotate_rule(grad, output, x, cos, sin):
-    """The gradient of x (B, H, T, D)."""
+    """The gradient of x (B, H, T, D), alone in a tuple."""
     ### BEGIN SOLUTION
     return (rotate_array(grad, cos, -sin),)
     ### END SOLUTION
@@ -461,21 +474,25 @@ def turned_slowly(x, positions, frequencies):
 def test_unit_rotate():
     """The picture's quarter turn; complex numbers; lengths; central differences in float64."""
     x, cos, sin = np.array([[1, 2, 3, 4], [0, 1, 0, 1], [-1, 0, 1, 0]], np.float32)
-    got = rotate_array(x.copy(), cos, sin)
+    got = rotate_array(x, cos, sin)
     assert got.shape == (4,), f"got shape {got.shape}, expected (4,)"
-    assert not np.array_equal(got, [-2, 1, 3, 4]), f"got {got}: neighbours were turned (interleaved), not halves"
-    assert not np.array_equal(got, [3, 2, 1, 4]), f"got {got}: sin has its minus already, in the first half"
+    assert np.array_equal(x, [1, 2, 3, 4]), f"x was changed in place, to {x}; who called still needs it"
+    assert abs(got[0]) != 2, f"got {got}: neighbours were turned (interleaved), not halves; 1's partner is 3"
+    assert got[0] != 3, f"got {got}, expected [-3, 2, 1, 4]: sin has its minus already, in the first half"
     assert np.allclose(got, [-3, 2, 1, 4]), f"pair 0 of [1, 2, 3, 4], a quarter: got {got}, expected [-3, 2, 1, 4]"
     frequencies, rng = rotary_frequencies(6), np.random.default_rng(3)
     x = rng.standard_normal((2, 3, 4, 6), dtype=np.float32)
     table = rotary_table(np.arange(5, 9), frequencies)
     got, expected = rotate_array(x, table[:, 0], table[:, 1]), turned_slowly(x, [[5, 6, 7, 8]] * 2, frequencies)
     assert got.shape == x.shape and got.dtype == np.float32, f"got {got.dtype} {got.shape}, expected float32 {x.shape}"
-    assert np.allclose(got, expected, atol=1e-5), "positions 5 to 8: not the turn of complex numbers"
-    (back,) = rotate_rule(got, None, x, table[:, 0], table[:, 1])
-    assert back.shape == x.shape, f"the rule's gradient has shape {back.shape}, expected {x.shape}"
-    assert not np.allclose(back, got), "the rule hands the gradient on as it came: it has to be turned, too"
-    assert np.allclose(back, x, atol=1e-5), "the rule turns forward once more: turn back, by the negative angle"
+    assert np.allclose(got, expected, atol=1e-5), (
+        f"x {x.shape} at positions 5 to 8: not the turn of complex numbers; are the halves those of the last axis?")
+    back = rotate_rule(got, got, x, table[:, 0], table[:, 1])
+    assert isinstance(back, tuple), f"a rule returns a tuple, here (gradient,); got a {type(back).__name__}"
+    assert back[0].shape == x.shape, f"the rule's gradient has shape {back[0].shape}, expected {x.shape}"
+    assert not np.allclose(back[0], got), "the rule hands the gradient on as it came: it has to be turned, too"
+    assert np.allclose(back[0], x, atol=1e-5), (
+        "the rule, given the turned x, does not make x of it: turn back, by the negative angle")
     check_gradients(lambda x: apply(rotate_array, x, cos=table[:, 0], sin=table[:, 1]), x[:1, :1])
     ### BEGIN HIDDEN TESTS
     rows = np.stack([table[:3], rotary_table([0, 40, 2], frequencies)])[:, None]  # (B, 1, T, 2, D)
@@ -492,7 +509,7 @@ if __name__ == "__main__":
 """
 The table becomes a part of the model. It stands where GPT-2 adds its positions, and there it changes nothing: it only
 refuses a position beyond max_seq_len. The turning happens later, in attention, which asks it. Rows are made when they
-are needed first.
+are first needed.
 """
 
 # %%
@@ -630,17 +647,24 @@ def scaled_frequencies(frequencies, factor, low_freq_factor, high_freq_factor, o
 
 # %% nbgrader={"grade": true, "grade_id": "21-scaled-test", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 def test_unit_scaled():
-    """The picture's three pairs; then every pair of a head by the three cases, one at a time."""
+    """The picture's three pairs; then other numbers, from slow to fast, case by case."""
     turns = np.array([10, 2.5, 0.5])
     frequencies = turns * 2 * np.pi / 8192
+    before = frequencies.copy()
     got = scaled_frequencies(frequencies, 8.0, 1.0, 4.0, 8192)
     assert got.shape == (3,), f"got shape {got.shape}, expected (3,)"
+    assert np.array_equal(frequencies, before), "the frequencies were changed in place; return new ones"
     slowed = got / frequencies
     assert slowed[0] != 0.125, f"the fast pair was slowed to {slowed[0]:.4f}: fast pairs stay, slow ones are slowed"
     assert np.isclose(slowed[0], 1), f"10 turns: times {slowed[0]:.4f}, expected 1; is the share kept within 0 and 1?"
     assert np.isclose(slowed[2], 0.125), (
         f"half a turn: slowed to {slowed[2]:.4f}, expected 0.125; a full turn is 2 pi, and the share is at least 0")
     assert np.isclose(slowed[1], 0.5625), f"2.5 turns: slowed to {slowed[1]:.4f}, expected 0.5 + 0.5 / 8 = 0.5625"
+    for f in (2 * math.pi * w / 512 for w in (0.5, 1, 2, 3, 5, 8, 20)):
+        w, (got,) = 512 * f / (2 * math.pi), scaled_frequencies(np.array([f]), 32.0, 1.0, 8.0, 512) / f
+        expected = 1 if w >= 8 else 1 / 32 if w <= 1 else (w - 1) / 7 + (8 - w) / 7 / 32
+        assert math.isclose(got, expected), (
+            f"factor 32, low 1, high 8, context 512: {w:.1f} turns slowed to {got:.4f}, expected {expected:.4f}")
     ### BEGIN HIDDEN TESTS
     frequencies = rotary_frequencies(128, 500000.0)
     got = scaled_frequencies(frequencies, factor=32.0, low_freq_factor=1.0, high_freq_factor=3.0,
@@ -761,6 +785,7 @@ def test_unit_swiglu():
     """The picture's numbers, both ways round; lesson 02's silu; central differences in float64."""
     gate, up = np.array([[-20, 0, 20], [3, 3, 3]], np.float32)
     got = swiglu_array(gate, up)
+    assert isinstance(got, np.ndarray), f"got a {type(got).__name__}, expected an array: lesson 02's silu makes Tensors"
     assert got.shape == (3,) and got.dtype == np.float32, f"got {got.dtype} {got.shape}, expected float32 (3,)"
     wrong_branch = gate * up / (1 + np.exp(-up.astype(np.float64)))
     assert not np.allclose(got, wrong_branch), f"got {got}: silu stands on the wrong branch, it belongs to the gate"
@@ -768,11 +793,14 @@ def test_unit_swiglu():
     assert np.allclose(got, [0, 0, 60], atol=1e-4), f"gate {gate}, up {up}: got {got}, expected [0, 0, 60]"
     assert np.array_equal(gate, [-20, 0, 20]) and np.array_equal(up, [3, 3, 3]), "an input was changed in place"
     rng = np.random.default_rng(4)
-    gate, up, grad = rng.standard_normal((3, 2, 3, 5)) * 3
+    gate, up, grad = arrays = rng.standard_normal((3, 2, 3, 5)) * 3
+    up[0, 0] = 0  # a token that is all zeros
+    before = arrays.copy()
     assert np.allclose(swiglu_array(gate, up), silu(Tensor(gate, dtype=np.float64)).numpy() * up), "not silu(gate) * up"
-    grad_gate, grad_up = swiglu_rule(grad, None, gate, up)
+    grad_gate, grad_up = swiglu_rule(grad, swiglu_array(gate, up), gate, up)
+    assert np.array_equal(arrays, before), "the rule changed gate, up or grad in place; others still need them"
     sigmoid = 1 / (1 + np.exp(-gate))
-    assert np.allclose(grad_up, grad * gate * sigmoid), "grad of up is grad * silu(gate)"
+    assert np.allclose(grad_up, grad * gate * sigmoid), "grad of up is grad * silu(gate), and the second of the two"
     assert not np.allclose(grad_gate, grad * up * sigmoid), "grad of gate: gate stands twice in gate * sigmoid(gate)"
     check_gradients(lambda *inputs: apply(swiglu_array, *inputs), gate, up)
     ### BEGIN HIDDEN TESTS
@@ -925,7 +953,7 @@ def test_unit_predict_shapes():
     """Counted head by head; behind the heads, 4 of them side by side come back to 12 numbers."""
     rows = len([number for head in ["query"] * 4 + ["key"] * 2 + ["value"] * 2 for number in range(8)])
     assert tuple(predicted_qkv) != (96, 12), f"got {tuple(predicted_qkv)}: key heads counted as query heads, 3 * H * D"
-    assert tuple(predicted_qkv) == (rows, 12), f"qkv_proj: got {tuple(predicted_qkv)}, expected {(rows, 12)}"
+    assert tuple(predicted_qkv) == (rows, 12), f"qkv_proj: got {tuple(predicted_qkv)}, expected {(rows, 12)}, (out, in)"
     assert tuple(predicted_out) == (12, 32), (
         f"out_proj: got {tuple(predicted_out)}, expected (12, 32): in are H * D numbers, one mixture per query head"
     )
@@ -992,20 +1020,22 @@ def test_unit_project():
     attention = LlamaAttention(12, 4, rotary, num_kv_heads=2, bias=True, rng=np.random.default_rng(6))
     x = Tensor(np.random.default_rng(7).standard_normal((2, 3, 12), dtype=np.float32))
     plain = [part.numpy() for part in MultiHeadAttention.project(attention, x)]
-    positions = np.array([[5, 6, 7], [20, 21, 22]])
+    positions, local = np.array([[5, 6, 7], [20, 21, 22]]), np.array([[0, 1, 2], [0, 1, 2]])
     names, got = ("queries", "keys", "values"), [part.numpy() for part in attention.project(x, positions)]
     assert [part.shape for part in got] == [(2, 4, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8)], (
         f"got shapes {[part.shape for part in got]}: 4 query heads, 2 key heads, 2 value heads")
     assert np.array_equal(got[2], plain[2]), "the values were turned: they are mixed, not compared, and stay"
     for name, part, before in zip(names, got, plain[:2]):
         assert not np.array_equal(part, before), f"the {name} were not turned; both sides of a score have to be"
-        local = turned_slowly(before, [[0, 1, 2]] * 2, rotary.frequencies)
-        assert not np.allclose(part, local, atol=1e-4), (
-            f"the {name} were turned as if they stood at 0, 1, 2: hand `positions` on, a chunk may stand anywhere")
-        twice = turned_slowly(before, 2 * positions, rotary.frequencies)
-        assert not np.allclose(part, twice, atol=1e-4), f"the {name} were turned twice"
+        for places, how in ((local, "as if they stood at 0, 1, 2: hand `positions` on, a chunk may stand anywhere"),
+                            (2 * positions, "twice"), (positions + 1, "by one position too many")):
+            wrong = turned_slowly(before, places, rotary.frequencies)
+            assert not np.allclose(part, wrong, atol=1e-4), f"the {name} were turned {how}"
         expected = turned_slowly(before, positions, rotary.frequencies)
         assert np.allclose(part, expected, atol=1e-4), f"the {name} differ from the turn of complex numbers"
+    for name, part, before in zip(names, attention.project(x), plain[:2]):
+        assert np.allclose(part.numpy(), turned_slowly(before, local, rotary.frequencies), atol=1e-4), (
+            f"without positions the {name} stand at 0, 1, 2; `rotate` knows that when it is given None")
     ### BEGIN HIDDEN TESTS
     whole = attention.project(x)
     pieces = [attention.project(x[:, t : t + 1], [t]) for t in range(3)]
@@ -1180,7 +1210,7 @@ if __name__ == "__main__":
 """
 ## 7. GPT-2's parts against today's
 
-Two models, about equally many parameters, the same text, the same steps. **Guess** first: which parts save parameters,
+Three models of one width and depth, the same text, the same steps. **Guess** first: which parts save parameters,
 which save bytes in the cache, which make the loss fall faster?
 """
 
@@ -1304,7 +1334,7 @@ if __name__ == "__main__":
 
 We store keys turned, as transformers does: a token is turned once, and every later step reads it as it lies. The price:
 a key is bound to its place. An engine that wants to move tokens, to cut a prompt's middle out or to renumber a
-window (Xiao et al. 2024, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453, section 3.2),
+window (Xiao et al. 2023, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453, section 3.2),
 stores plain keys and turns all of them at every step: `keys_before_rotation=True`.
 """
 

@@ -138,7 +138,7 @@ def rotate_array(x, cos, sin):
 
 @gradient(rotate_array)
 def rotate_rule(grad, output, x, cos, sin):
-    """The gradient of x (B, H, T, D)."""
+    """The gradient of x (B, H, T, D), alone in a tuple."""
     return (rotate_array(grad, cos, -sin),)
 
 
