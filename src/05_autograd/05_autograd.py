@@ -1114,7 +1114,7 @@ if __name__ == "__main__":
 Four helpers first. `parents_of` lists the inputs that want a gradient, and complains before anything has been
 changed. `local_gradients` asks the rule and makes the answers fit: shape of the input, dtype of the input. An
 array that others may hold as well is only **lent**: it comes as a view that cannot be written to. What a rule
-computes on demand is new, and given away.
+computes on demand, by a `lambda`, is new, and given away.
 """
 
 # %%

@@ -1101,8 +1101,8 @@ a model a thousand times as large? If the power fails during `fit`, what does `c
 
 ## 12. Memory that goes and comes back
 
-Each step makes large arrays and drops them again. The C library of most Linux systems, glibc, hands such memory
-back to the kernel at once. The next step asks for it anew, and the kernel gives it page by page, each 4 KiB
+Each step makes large arrays and drops them again. The C library of most Linux systems, glibc, often hands such
+memory back to the kernel at once. The next step asks for it anew, and the kernel gives it page by page, each 4 KiB
 filled with zeros first, which can take as long as the arithmetic.
 
 glibc has a switch, `mallopt`: keep what was freed, for the next request. It holds for the whole process, so no
@@ -1122,6 +1122,7 @@ def keep_memory():
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
         return False
     own_mapping, trim = -3, -1  # from this size on an array gets a mapping of its own; so much may lie idle
+    # 1 GiB, or where glibc refuses it the most that mallopt(3) allows
     return bool((mallopt(own_mapping, 1 << 30) or mallopt(own_mapping, 1 << 25)) and mallopt(trim, 2**31 - 1))
 
 # %% nbgrader={"grade": false, "grade_id": "07-measure-memory", "locked": true, "schema_version": 3, "solution": false, "task": false}

@@ -2081,8 +2081,9 @@ Must we? A key is `low + codes * scale`, so its dot product with a query is
 
     query . key  =  low * sum(query)  +  scale * (query . codes)
 
-with one `low` and one `scale` per key: they can be multiplied into the finished scores, (T, S) numbers instead of
-(S, D). Codes still have to become float32, for BLAS knows no other; but that is a copy into memory that is used again
+with one `low` and one `scale` per key. So `scale` can be multiplied into the finished scores and `low` added to them,
+(T, S) numbers instead of (S, D). A key in several groups has one of each per group, and its score is the sum over them.
+Codes still have to become float32, for BLAS knows no whole numbers; but that is a copy into memory that is used again
 and again, and no arithmetic.
 
 *Predict.* One query, 1024 keys of 64 numbers in groups of 32. How many multiplications by a scale does decoding take?
@@ -2167,6 +2168,8 @@ def test_unit_mix_codes(shape=(2, 3, 4, 5), seed=0):
             value = low[b, s].astype(np.float64) + codes[b, s] * scale[b, s].astype(np.float64)
             expected[b] += weights[b, :, s, None] * value
     lowless = expected - np.einsum("bts,bs->bt", weights, low)[..., None]
+    alone = mix_codes(weights[0], codes[0], scale[0], low[0])
+    assert alone.shape == expected[0].shape, f"without a batch: got shape {alone.shape}, expected {expected[0].shape}"
     got = mix_codes(weights, codes, scale, low)
     assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}: one row per row of weights"
     assert got.dtype == np.float32, f"got {got.dtype}, expected float32, as all that came in"
@@ -2174,6 +2177,9 @@ def test_unit_mix_codes(shape=(2, 3, 4, 5), seed=0):
     for name, old, new in zip(("weights", "codes", "scale", "low"), given, (weights, codes, scale, low)):
         assert np.array_equal(old, new), f"{name} was changed: the caller needs it again"
     assert np.allclose(got, expected, rtol=1e-4), f"got {got[0, 0]}, decoding gives {expected[0, 0]}{hint}"
+    with np.errstate(over="ignore"):
+        tiny = mix_codes(*np.array([[[1e-9]], [[255]]], np.float32), *np.array([[1e37], [0]], np.float32))
+    assert np.isfinite(tiny), "255 * 1e37 overflows: the values were decoded; multiply scale into the weights instead"
 
 
 if __name__ == "__main__":

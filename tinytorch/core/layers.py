@@ -52,6 +52,7 @@ def times_rows(rows, weight):
         return rows @ weight.T
     if len(rows) <= FEW_ROWS:  # dot products: weight is read once, in order
         return np.ascontiguousarray(np.vecdot(weight[:, None], rows).T)
+    # weight in pieces, each of whose products is small
     columns, step = np.ascontiguousarray(rows.T), max(1, SMALL_PRODUCT // rows.size)
     y = np.empty((len(weight), len(rows)), np.result_type(rows, weight))
     for start in range(0, len(weight), step):

@@ -481,4 +481,5 @@ def keep_memory():
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
         return False
     own_mapping, trim = -3, -1  # from this size on an array gets a mapping of its own; so much may lie idle
+    # 1 GiB, or where glibc refuses it the most that mallopt(3) allows
     return bool((mallopt(own_mapping, 1 << 30) or mallopt(own_mapping, 1 << 25)) and mallopt(trim, 2**31 - 1))
