@@ -30,6 +30,17 @@ def pattern_of(part):
         raise found.error(f"is a regular expression that we do not take: {error}") from None
 
 
+def in_turn(steps):
+    """The function that gives its argument to the first of these functions, what comes out to the next, and so on."""
+
+    def run(value):
+        for step in steps:
+            value = step(value)
+        return value
+
+    return run
+
+
 # Normalizers: text -> text
 
 
@@ -74,14 +85,7 @@ NORMALIZERS = {**dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD"), unicode_form), "R
 
 def read_normalizer(part):
     """The function text -> text that a normalizer is."""
-    steps = [step.row(NORMALIZERS)(step) for step in part.steps("normalizers")]
-
-    def normalize(text):
-        for step in steps:
-            text = step(text)
-        return text
-
-    return normalize
+    return in_turn([step.row(NORMALIZERS)(step) for step in part.steps("normalizers")])
 
 
 # Pre-tokenizers: (piece of text, is it the first of all) -> chunks
@@ -219,14 +223,7 @@ def read_decoder(part, bytes_inside):
         raise part.error("and pre_tokenizer do not go together: both are ByteLevel, or neither")
     if is_byte_level:
         return None
-    steps = [step.row(DECODERS)(step) for step in parts]
-
-    def decode(tokens):
-        for step in steps:
-            tokens = step(tokens)
-        return tokens
-
-    return decode
+    return in_turn([step.row(DECODERS)(step) for step in parts])
 
 
 # Post-processors: the ids before and after those of the text
