@@ -279,8 +279,7 @@ def check_directory(folder, texts=400):
         assert ours.decode(ids, skip) == expected
     assert ours.vocab_size == len(theirs)
     assert ours.special_tokens == {t.content: i for i, t in theirs.added_tokens_decoder.items() if t.special}
-    assert ours.eos_ids == ([] if theirs.eos_token_id is None else [theirs.eos_token_id])
-    assert ours.bos_id == theirs.bos_token_id
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     return ours
 
 
@@ -296,7 +295,7 @@ class TestTransformers:
         vocab, merges = vocabulary("gpt2")
         transformers.GPT2TokenizerFast(vocab=vocab, merges=merges, **settings).save_pretrained(tmp_path)
         ours = check_directory(tmp_path)
-        assert ours.eos_ids == [vocab["<|endoftext|>"]]
+        assert ours.eos_id == vocab["<|endoftext|>"]
 
     def test_qwen2(self, tmp_path):
         vocab, merges = vocabulary("qwen2")
@@ -311,7 +310,7 @@ class TestTransformers:
         wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=trained(family), **names)
         wrapped.save_pretrained(tmp_path)
         ours = check_directory(tmp_path)
-        assert (ours.bos_id, ours.eos_ids) == (1, [2])
+        assert (ours.bos_id, ours.eos_id) == (1, 2)
 
     @pytest.mark.parametrize("flags", [{}, {"added_tokens_decoder": {
         "0": {"content": "<unk>", "lstrip": True, "special": True},

@@ -85,31 +85,13 @@ def test_special_tokens_and_size(tokenizer):
     assert tokenizer.encode("a<s>b</s>", False)[1::2] == [290, 291]
 
 
-class TestModelFiles:
-    """Ids that begin and end a text, by the files beside tokenizer.json."""
-
-    def load(self, folder, **files):
-        for name, content in files.items():
-            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-        return load_tokenizer(write(folder, state_of()))
-
-    def test_the_model_names_them(self, tmp_path):
-        loaded = self.load(tmp_path, generation_config={"eos_token_id": [5, 291]},
-                           config={"eos_token_id": 7, "bos_token_id": 6})  # fmt: skip
-        assert (loaded.bos_id, loaded.eos_ids) == (6, [5, 291])
-
-    def test_the_tokenizer_names_them(self, tmp_path):
-        named = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-        loaded = self.load(tmp_path, config={"eos_token_id": None}, tokenizer_config=named)
-        assert (loaded.bos_id, loaded.eos_ids) == (290, [291])
-
-    def test_nobody_names_them(self, tmp_path):
-        loaded = self.load(tmp_path)
-        assert (loaded.bos_id, loaded.eos_ids) == (None, [])
-
-    def test_an_id_that_is_none_is_refused(self, tmp_path):
-        with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id should be a whole number"):
-            self.load(tmp_path, config={"eos_token_id": "2"})
+@pytest.mark.parametrize("named, ids", [
+    ({}, (None, None)), ({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}, (290, 291)),
+])  # fmt: skip
+def test_ids_that_begin_and_end_a_text(named, ids, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    loaded = load_tokenizer(write(tmp_path, state_of()))
+    assert (loaded.bos_id, loaded.eos_id) == ids
 
 
 FIRST = " ".join(state_of()["model"]["merges"][0])

@@ -4,7 +4,7 @@ Written by hand, not built from a lesson.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tinytorch.models.tokenizer.added import Finder
 from tinytorch.text.tokenization import (
@@ -85,7 +85,7 @@ class BPE:
 class FileTokenizer:
     """What `load_tokenizer` returns.
 
-    `special_tokens`: {text: id}; `bos_id`: the id that begins a text, or None; `eos_ids`: the ids that end one.
+    `special_tokens`: {text: id}; `bos_id` and `eos_id`: those of bos_token and eos_token, or None.
     """
 
     bpe: BPE
@@ -96,7 +96,7 @@ class FileTokenizer:
     before: list  # ids around a text
     after: list
     bos_id: int | None = None
-    eos_ids: list = field(default_factory=list)
+    eos_id: int | None = None
 
     def __post_init__(self):
         found = [(self.normalize(token.content) if token.normalized else token.content, token) for token in self.added]

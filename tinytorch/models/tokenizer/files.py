@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinytorch.core.training import CheckpointError
 from tinytorch.models.safetensors import read_json
-from tinytorch.models.tokenizer.added import NAMES, collect_added, give_ids, members, read_named
+from tinytorch.models.tokenizer.added import NAMES, collect_added, give_ids, read_named
 from tinytorch.models.tokenizer.bpe import BPE, FileTokenizer
 from tinytorch.models.tokenizer.parts import Part, is_text, short
 from tinytorch.models.tokenizer.steps import (
@@ -29,8 +29,7 @@ def load_tokenizer(path):
     """The FileTokenizer of a model's directory, or of a tokenizer.json.
 
     It comes from tokenizer.json, or where there is none from vocab.json and merges.txt, for GPT-2 and Qwen2; what
-    tokenizer_config.json adds is added as transformers does. `bos_id` and `eos_ids` are those that
-    generation_config.json or config.json name, or else the tokenizer's own. Truncation and padding are left out.
+    tokenizer_config.json adds is added as transformers does. Truncation and padding are left out.
     What is damaged, or of a kind that we do not have, is a CheckpointError that names the file and the place in it.
     """
     path = Path(path)
@@ -44,10 +43,10 @@ def load_tokenizer(path):
         state = gpt2_state(folder, config)
     else:
         raise CheckpointError(f"{path} holds no {WHOLE}, and not both of {VOCAB} and {MERGES}")
-    return build(state, config, folder)
+    return build(state, config)
 
 
-def build(state, config, folder):
+def build(state, config):
     """The tokenizer that the parts describe."""
     state.get("version", "1.0").one_of("1.0")
     chunks, of_bytes = read_pre_tokenizer(state.get("pre_tokenizer"))
@@ -56,8 +55,8 @@ def build(state, config, folder):
     ids = bpe.vocab | {token.content: token.id for token in added}
     normalize, decoder = read_normalizer(state.get("normalizer")), read_decoder(state.get("decoder"), of_bytes)
     before, after = read_around(state, config, ids)
-    bos, eos = (named_ids(role, folder, config, ids) for role in NAMES[:2])
-    return FileTokenizer(bpe, added, normalize, chunks, decoder, before, after, bos[0] if bos else None, eos)
+    bos_id, eos_id = (role_id(role, config, ids) for role in NAMES[:2])
+    return FileTokenizer(bpe, added, normalize, chunks, decoder, before, after, bos_id, eos_id)
 
 
 def open_json(file):
@@ -161,7 +160,8 @@ def read_around(state, config, ids):
     """(ids before, ids after) a text: what tokenizer_config.json adds, or else the post-processor's."""
     adding = [config.get(name) for name in ADDING]
     if adding != [None, None]:
-        return [role_ids(role, config, ids) if add and add.of(bool) else [] for role, add in zip(NAMES, adding)]
+        wanted = [role_id(role, config, ids) if add and add.of(bool) else None for role, add in zip(NAMES, adding)]
+        return [[] if i is None else [i] for i in wanted]
     around = read_post_processor(state.get("post_processor"))
     unknown = {i for part in around for i in part} - set(ids.values())
     if unknown:
@@ -169,15 +169,6 @@ def read_around(state, config, ids):
     return around
 
 
-def role_ids(role, config, ids):
-    """The id of bos_token or eos_token in a list, which is empty where none is named."""
-    return [ids[read_named(config[role]).content]] if role in config else []
-
-
-def named_ids(role, folder, config, ids):
-    """The ids that the model's configuration gives for bos_token or eos_token, or else the tokenizer's."""
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        found = open_json(file).get(f"{role}_id") if file.is_file() else None
-        if found and found.value is not None:
-            return [member.id() for member in members(found)]
-    return role_ids(role, config, ids)
+def role_id(role, config, ids):
+    """The id of bos_token or eos_token, or None where none is named."""
+    return ids[read_named(config[role]).content] if role in config else None
