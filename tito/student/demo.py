@@ -23,14 +23,6 @@ PROMPT = "The for statement is used to"
 SAMPLING = ["--temperature", "0.7", "--top-k", "20", "--seed", "17"]  # livelier than greedy, and as repeatable
 TRAINING_STEPS = 450  # about two minutes on two cores; the committed checkpoint took 1500
 CACHE_LESSON = "memoization"
-ENVIRONMENT = {
-    **ONE_THREAD,
-    # glibc hands large arrays back to the kernel at every free, and page faults then cost a good part of a training
-    # step; these tell it to keep them. Other platforms ignore the names.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 
 def run_demo(
@@ -146,4 +138,4 @@ def environment(root: Path) -> dict[str, str]:
     """This process's environment with the package at `root` first on the path and tito's own after it."""
     home = str(Path(__file__).parents[2])
     path = [str(root), home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    return {**ONE_THREAD, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
