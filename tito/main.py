@@ -165,11 +165,11 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
-    model: Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="A GPT-2, Llama or Qwen2 to run.")] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="A downloaded model to run.")] = None,
     checkpoint: Checkpoint = None,
     cache: Annotated[bool, typer.Option(help="Generate with the KV cache.")] = True,
     cache_dtype: Annotated[Literal["float32", "float16"] | None, typer.Option(help="How it stores numbers.")] = None,
-    window: Annotated[int | None, typer.Option(metavar="N", min=1, help="It keeps the newest N tokens.")] = None,
+    window: Annotated[int | None, typer.Option(metavar="N", min=1, help="It keeps the first 4 and last N.")] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="Choose among the k likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed, the same text.")] = None,

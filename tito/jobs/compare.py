@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinytorch.demo import language
-from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache
+from tinytorch.generation.kv_cache import KVCacheConfig, disable_kv_cache, enable_kv_cache, stored_heads
 from tito.jobs import words
 from tito.jobs.text import text_of
 
@@ -82,10 +82,9 @@ def compare(model, tokenizer, prompt: list[int], count: int, sampling: dict) -> 
 
 def show_bytes(model, cache) -> None:
     """The cache's bytes, as the formula predicts them and as its arrays measure them."""
-    head_dim = model.embed_dim // model.num_heads
-    config = KVCacheConfig(model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, dtype=np.float32)
-    factors = (2, model.num_layers, model.max_seq_len, model.num_kv_heads, head_dim, 4)
-    formula = "{} x {} layers x {} tokens x {} heads x {} x {} bytes".format(*factors)
+    sizes = (model.num_layers, model.max_seq_len, *stored_heads(model))
+    config = KVCacheConfig(*sizes, dtype=np.float32)
+    formula = "{} x {} layers x {} tokens x {} heads x {} x {} bytes".format(2, *sizes, 4)
     print(f"  cache: {formula} = {config.calculate_size():,} bytes predicted, {cache.nbytes:,} measured")
 
 

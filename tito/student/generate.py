@@ -11,6 +11,11 @@ from tito.student.demo import CHECKPOINT, require_checkpoint, require_package, r
 MODELS_LESSON = "modern_transformers"
 
 
+def require_models(course: Course) -> None:
+    """A CourseError unless the package can run a downloaded model."""
+    require_package(course, MODELS_LESSON, "the models of lesson 21")
+
+
 def run_generate(
     course: Course,
     prompt: str,
@@ -29,7 +34,7 @@ def run_generate(
         require_package(course)
         arguments = ["--checkpoint", str(require_checkpoint(checkpoint or CHECKPOINT).absolute())]
     else:
-        require_package(course, MODELS_LESSON, "the models of lesson 21")
+        require_models(course)
         arguments = ["--model", str(model.absolute())]
     arguments += [f"--prompt={prompt}", *([] if cache else ["--no-cache"])]
     return run_job("generate", course.root, [*arguments, *(f"--{name}={value}" for name, value in given.items())])

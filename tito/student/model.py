@@ -10,13 +10,13 @@ from pathlib import Path
 from tito import show
 from tito.course.errors import CourseError
 from tito.course.manifest import Course
-from tito.student.demo import environment, require_package
-from tito.student.generate import MODELS_LESSON
+from tito.student.demo import environment
+from tito.student.generate import require_models
 
 
 def info(course: Course, directory: Path, as_json: bool = False) -> int:
     """Print what tito.jobs.model_info finds out; returns the exit code."""
-    require_package(course, MODELS_LESSON, "the models of lesson 21")
+    require_models(course)
     command = [sys.executable, "-m", "tito.jobs.model_info", str(directory.absolute())]
     done = subprocess.run(command, cwd=course.root, env=environment(course.root), stdout=subprocess.PIPE)
     try:
