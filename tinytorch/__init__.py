@@ -1,3 +1,3 @@
-"""TinyTorch: a deep-learning framework in NumPy. Every file below is built from one lesson, and says which."""
+"""TinyTorch: a deep-learning framework in NumPy. A file that is built from a lesson says which."""
 
 __version__ = "0.1.0"
