@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from tito.course import manifest, source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDENTS_FOLDERS = ("modules", "tests", "tinytorch")  # a release has no src/
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; what a test starts would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

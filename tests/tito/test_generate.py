@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -160,19 +159,6 @@ class TestEndings:
         command = ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "generate", PROMPT, "--model", str(saved), "--tokens", "3"]
         done = subprocess.run(command, stderr=subprocess.PIPE, timeout=240, **HERE)
         assert done.returncode == 0 and done.stderr.decode().startswith("\nprompt: 9 tokens")
-
-    @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
-    def test_ctrl_c_in_the_middle(self, saved, tmp_path):
-        model = Llama(END + 1, 256, 6, 4, 4000, rng=np.random.default_rng(0))  # large enough to be still at work
-        save_checkpoint(model, tmp_path / "m", source=saved)
-        process = subprocess.Popen(
-            [*COMMAND, "generate", PROMPT, "--model", str(tmp_path / "m"), "--tokens", "3900"],
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **HERE,
-        )  # fmt: skip
-        assert process.stdout.read(len(PROMPT) + 30).startswith(PROMPT.encode())  # it is at work
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and err.decode().strip() == "tito: stopped."
 
 
 REFUSED = {
