@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import harness
 import numpy as np
 import pytest
-import report
-import workload
-from harness import Bench, Figure, Row, disagreement, figure, holds, part_of
-from worker import ContenderFailed, Worker
-from workload import PEERS, UNITS, Claim, Contender, Workload
+
+pytest.importorskip("resource", reason="the bench counts CPU seconds through a Unix module")
+
+import harness  # noqa: E402
+import report  # noqa: E402
+import workload  # noqa: E402
+from harness import Bench, Figure, Row, disagreement, figure, holds, part_of  # noqa: E402
+from worker import ContenderFailed, Worker  # noqa: E402
+from workload import PEERS, UNITS, Claim, Contender, Workload  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("bench_main", Path(__file__).with_name("__main__.py"))
 program = importlib.util.module_from_spec(spec)
