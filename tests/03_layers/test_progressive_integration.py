@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from tinytorch.core import layers
 from tinytorch.core.activations import GELU, ReLU, Softmax
 from tinytorch.core.layers import Dropout, Linear, Module, Parameter, Sequential, linear_array
 from tinytorch.core.tensor import Tensor, default_rng, manual_seed, plug_in
@@ -90,8 +91,11 @@ class TestLinear:
 
     @pytest.mark.parametrize("dtype, rtol", [(np.float32, 1e-5), (np.float64, 1e-13)])
     @pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 16, 64, 65, 200])
-    def test_any_number_of_rows(self, count, dtype, rtol):
-        """The product goes other ways for few rows; here also with a weight that is a view, columns apart."""
+    @pytest.mark.parametrize("small", [layers.SMALL_PRODUCT, 1000])
+    def test_any_number_of_rows(self, small, count, dtype, rtol, monkeypatch):
+        """The product goes other ways for few rows; here also with a weight that is a view, columns apart,
+        and in blocks of a few outputs."""
+        monkeypatch.setattr(layers, "SMALL_PRODUCT", small)
         rng = np.random.default_rng(count)
         rows, wide = rng.standard_normal((count, 24)).astype(dtype), rng.standard_normal((40, 48)).astype(dtype)
         for weight in (wide[:, :24].copy(), wide[:, ::2], wide[:24].T[:, :24]):
