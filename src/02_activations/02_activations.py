@@ -533,7 +533,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 The sum after it is given, as `sum_along`. The sum of a row is its product with a row of ones, and for large
-arrays NumPy's matrix library computes that several times faster than `np.add.reduce`.
+arrays NumPy's matrix library computes that faster than `np.add.reduce` adds.
 """
 
 # %%
