@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, foreign or hostile: every error names the file and the tensor, and nothing is run."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tinytorch.core import training
 from tinytorch.core.training import CheckpointError
+from tinytorch.models import safetensors
 from tinytorch.models.checkpoint import load_checkpoint, save_checkpoint
 from tinytorch.models.llama import Llama
 from tinytorch.models.safetensors import read_safetensors
@@ -419,3 +421,27 @@ def test_no_pickle_ever(folder, tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
     save_checkpoint(random_model("gpt2"), tmp_path / "named.pt")  # a directory may be called as it likes
     assert load_checkpoint(tmp_path / "named.pt")(IDS).shape == (2, 5, 11)
+
+
+# What would never end, or fill the memory
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_a_configuration_that_is_no_file_is_not_read(kind, folder):
+    config = folder / "config.json"
+    config.unlink()
+    if kind == "folder":
+        config.mkdir()
+    elif os.name == "nt":
+        pytest.skip("pipes and devices of POSIX")
+    elif kind == "pipe":
+        os.mkfifo(config)
+    else:
+        config.symlink_to("/dev/null")  # /dev/zero would fill the memory
+    refused(folder, str(config), "should be a file")
+
+
+@pytest.mark.parametrize(("limit", "file"), [("JSON", "config.json"), ("HEADER", "model.safetensors")])
+def test_sizes_that_no_model_has_are_not_read(limit, file, folder, monkeypatch):
+    monkeypatch.setattr(safetensors, f"LARGEST_{limit}", 99)
+    refused(folder, str(folder / file), "more than 99 are not read")

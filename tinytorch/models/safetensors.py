@@ -16,10 +16,15 @@ from tinytorch.core.training import CheckpointError, entry_of, layout_problem
 __all__ = ["WEIGHTS", "Stored", "is_finite", "read_index", "read_json", "read_safetensors"]
 
 WEIGHTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16: its 16 bits are half of a float32
+LARGEST_JSON, LARGEST_HEADER = 2**30, 100_000_000  # bytes; the second is the limit of the library safetensors
 
 
 def read_json(path):
     """The object in a JSON file."""
+    if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
+        raise CheckpointError(f"{path} should be a file, and is none")
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; more than {LARGEST_JSON:,} are not read")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,6 +69,8 @@ def read_safetensors(path):
     if not 2 <= length <= size - 8:
         raise CheckpointError(f"{path} is no safetensors file, or it is cut off: its header should have {length} bytes, "
                               f"the file has {size}")  # fmt: skip
+    if length > LARGEST_HEADER:
+        raise CheckpointError(f"{path}: its header should have {length:,} bytes; more than {LARGEST_HEADER:,} are not read")
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
         entries = {name: entry_of(entry) for name, entry in header.items() if name != "__metadata__"}
