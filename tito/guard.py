@@ -35,7 +35,7 @@ def run(app, arguments: list[str]) -> int:
         show.problem("stopped.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show.abandon_stdout()
         return 1
     except OSError as error:  # no rights, no room, a file where a folder should be
         if os.environ.get("TITO_DEBUG"):
@@ -45,6 +45,11 @@ def run(app, arguments: list[str]) -> int:
             error = OSError(f"{name}: {str(why).split(': ')[0]}")
         where = f"{error.filename}: " if error.filename else ""
         show.problem(f"{where}{error.strerror or error}.", "`tito doctor` looks for what is wrong here.", json)
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError:  # it was stdout that failed
+            show.abandon_stdout()
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a wrong command line

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import os
 import re
 import sys
 import unicodedata
@@ -135,14 +136,23 @@ def as_json(value: object) -> None:
     """For programs: one JSON document in ASCII, which every encoding carries."""
     import json
 
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    if sys.stdout:  # None where it was closed before we began
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        sys.stdout.flush()
+
+
+def abandon_stdout() -> None:
+    """What stdout cannot take goes nowhere from now on, so that Python does not stumble over it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def problem(message: str, hint: str = "", json: bool = False) -> None:
     """A mistake that the user can mend: what came and what is needed, then what to do."""
     if json:
-        as_json({"error": message, "hint": hint})
-        return
+        try:
+            return as_json({"error": message, "hint": hint})
+        except OSError:  # a full disk, or a reader who has gone: words on stderr are left
+            abandon_stdout()
     screen = console(stderr=True)
     screen.print(wrapped(message, "tito: ", "      ", stderr=True), style="bold red")
     if hint:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -183,3 +185,19 @@ def test_files_that_could_not_be_copied_are_one_sentence(course, monkeypatch, ca
     assert guard.run(full_disk, ["status"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("tito: /to/one.py: [Errno 28] No space left on device.") and "two.py" not in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [("status", 1, "No space left"), ("status --json", 1, "No space left"), ("status --json --bad", 2, "option")],
+)
+def test_a_full_disk_behind_stdout_is_one_sentence(arguments, code, words, unbuffered, course):
+    """A document on an error cannot go where documents fail: then words on stderr are left."""
+    command = [sys.executable, "-m", "tito", *arguments.split()]
+    given = {"cwd": course.root, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}, "timeout": 60, "text": True}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, **given)
+    assert done.returncode == code and words in done.stderr
+    assert done.stderr.startswith("tito: ") and "Traceback" not in done.stderr and "ignored" not in done.stderr
