@@ -6,6 +6,7 @@ quick; tests/architecture/test_budgets.py holds it to that.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -252,4 +253,5 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """The entry point of the console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what tito has started ends with it
     sys.exit(run(sys.argv[1:]))

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tinytorch.models.architectures import llama_shapes
@@ -108,6 +109,11 @@ class TestText:
         assert window.startswith(PROMPT) and f"KV cache: {2 * 2 * 2 * (8 + 4) * 4 * 4:,} bytes" in figures
         assert "no KV cache" in tito("generate", PROMPT, "--model", saved, "--tokens", "2", "--no-cache")[1]
 
+    def test_a_window_beyond_the_text_takes_no_room(self, saved):
+        text, figures = tito("generate", PROMPT, "--model", saved, "--tokens", "5", "--window", 10**15)
+        assert text == continued(saved, 5).decode(errors="replace") + "\n"
+        assert f"KV cache: {128 * (9 + 5 + generate.SINKS):,} bytes" in figures
+
     def test_a_full_context_is_said(self, saved):
         text, figures = tito("generate", PROMPT, "--model", saved)
         assert len(text.encode()) >= S - 9 and f"new: {S - 9} tokens" in figures
@@ -160,6 +166,26 @@ class TestEndings:
         done = subprocess.run(command, stderr=subprocess.PIPE, timeout=240, **HERE)
         assert done.returncode == 0 and done.stderr.decode().startswith("\nprompt: 9 tokens")
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a program hears")
+    def test_what_ends_tito_ends_the_model(self, saved, tmp_path):
+        """`kill`, `timeout` and a job scheduler know tito's process alone."""
+        model = Llama(END + 1, 256, 6, 4, 4000, rng=np.random.default_rng(0))  # large enough to be still at work
+        save_checkpoint(model, tmp_path / "m", source=saved)
+        command = [*COMMAND, "generate", PROMPT, "--model", str(tmp_path / "m"), "--tokens", "3900"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **HERE)
+        assert process.stdout.read(len(PROMPT) + 30).startswith(PROMPT.encode())
+        working = psutil.Process(process.pid).children()
+        assert len(working) == 1
+        try:
+            process.terminate()
+            assert process.wait(60) == 130
+            _, alive = psutil.wait_procs(working, timeout=5)
+            assert not alive, "the model goes on without its tito"
+        finally:
+            [child.kill() for child in working if child.is_running()]
+            _, err = process.communicate(timeout=60)
+        assert err.decode().strip() == "tito: stopped."
+
 
 REFUSED = {
     "an empty prompt": ("", None, "0 tokens; it needs at least 1"),
@@ -173,6 +199,7 @@ REFUSED = {
     "another's tokenizer": (PROMPT + "<|end|>", lambda m: edit(m / "vocab.json", **{"<|end|>": 999}), "an id 999"),
     "an odd end": (PROMPT, lambda m: edit(m / "config.json", eos_token_id="</s>"), "eos_token_id"),
     "an odd penalty": (PROMPT, lambda m: edit(m / "config.json", repetition_penalty=0), "repetition_penalty"),
+    "no penalty at all": (PROMPT, lambda m: edit(m / "config.json", repetition_penalty=math.nan), "repetition_penalty"),
 }
 
 

@@ -71,7 +71,7 @@ def new_cache(model, length: int, arguments: argparse.Namespace):
     if arguments.window is not None:
         from tinytorch.generation.cache_compression import SlidingWindowKVCache
 
-        options |= {"factory": SlidingWindowKVCache, "window": arguments.window, "sinks": SINKS}
+        options |= {"factory": SlidingWindowKVCache, "window": min(arguments.window, length), "sinks": SINKS}
     try:
         return enable_kv_cache(model, **options)
     except ValueError as error:  # a model that this cache would serve wrongly

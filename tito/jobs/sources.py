@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def settings_of(folder: Path) -> tuple[tuple[int, ...], float]:
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{path}: eos_token_id should be an id or a list of ids, and is {given['eos_token_id']!r}")
     penalty = 1 if penalty is None else penalty
-    if type(penalty) not in (int, float) or penalty <= 0:
+    if type(penalty) not in (int, float) or not 0 < penalty < math.inf:
         raise ValueError(f"{path}: repetition_penalty should be a number above 0, and is {penalty!r}")
     for name in NOT_DONE:
         if given.get(name) not in (None, 0, 1, [], {}):
