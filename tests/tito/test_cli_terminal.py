@@ -73,9 +73,8 @@ class TestCharacters:
     def test_every_encoding_can_carry_the_output(self, course, encoding, arguments):
         done = course.tito(*arguments, PYTHONIOENCODING=encoding)
         assert done.returncode == (2 if arguments == ["modul"] else 0), done.stderr
-        assert "Traceback" not in done.stderr and "?" not in done.stdout + done.stderr.replace(
-            "'modul'. Did you mean 'module'?", ""
-        )
+        said = re.sub(r"Did you mean .*\?", "", done.stderr)
+        assert "Traceback" not in said and "?" not in done.stdout + said
 
     def test_an_arrow_is_spelled_where_the_console_has_none(self, course):
         assert "Text, counted → a table." in course.tito("module", "start", "4").stdout
