@@ -207,9 +207,9 @@ def at_contexts(make, shape, *contexts) -> dict[str, Contender]:
     return {f"context {n}": Contender(lambda folder, n=n: make(folder, shape, n)) for n in contexts}
 
 
-def step_memory(name, title, shape) -> Workload:
+def step_memory(name, title, shape, long=False) -> Workload:
     claim = Claim("context 1000", "context 64", "KiB", most=1.05)  # what does not grow; 5 % are small objects
-    return Workload(name, title, at_contexts(StepMemory, shape, 64, 1000), (claim,), 1, tolerance=None)
+    return Workload(name, title, at_contexts(StepMemory, shape, 64, 1000), (claim,), 1, tolerance=None, long=long)
 
 
 WORKLOADS = [
@@ -228,7 +228,8 @@ WORKLOADS = [
          Claim("context 256", "context 64", "GB/s", least=1.0, title=BYTES_AT + "256")),
         20, tolerance=None,
     ),
-    step_memory("gpt2-memory", "GPT-2 124M shape: a decode step allocates beyond its logits, context 1000", GPT2),
+    step_memory("gpt2-memory", "GPT-2 124M shape: a decode step allocates beyond its logits, context 1000", GPT2,
+                long=True),
     Workload(
         "gpt2-prefill", "GPT-2 124M shape: prefill of 512 tokens",
         beside_transformers(OurPrefill, TheirPrefill, GPT2, 512),

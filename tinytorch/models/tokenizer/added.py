@@ -33,7 +33,10 @@ class Added:
 
 
 class Finder:
-    """Finds tokens in a text: the leftmost, and there the longest."""
+    """Finds tokens in a text: the leftmost, and there the longest.
+
+    Which of them counts, and how much white space it takes along, is as in the `tokenizers` library (Apache-2.0).
+    """
 
     END = ""  # the key of the token that ends at a node of the tree of characters
 
