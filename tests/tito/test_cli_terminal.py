@@ -15,28 +15,26 @@ ESCAPE = "\x1b["
 COMMANDS = [["--help"], ["module", "list"], ["status"], ["module", "start", "4"], ["module", "hint", "4"], ["modul"]]
 
 
-def in_a_terminal(course, *arguments: str, columns: int = 80, **environment: str) -> tuple[int, str]:
+@pytest.fixture
+def in_a_terminal(course, read_terminal):
     """Run tito in a pseudo terminal; returns exit code and what was on screen, with its escape codes."""
     pty, fcntl = pytest.importorskip("pty"), pytest.importorskip("fcntl")
     import struct
     import termios
 
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "CI", "TITO_DEBUG")
-    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
-    env = {**kept, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment}
-    command = [sys.executable, "-m", "tito", *arguments]
-    process = subprocess.Popen(command, cwd=course.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 65536):
-            seen += chunk
-    except OSError:  # Linux says so when the other side has closed
-        pass
-    os.close(ours)
-    return process.wait(60), seen.decode(environment.get("PYTHONIOENCODING", "utf-8"))
+    def run(*arguments: str, columns: int = 80, **environment: str) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "CI", "TITO_DEBUG")
+        kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+        env = {**kept, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment}
+        command = [sys.executable, "-m", "tito", *arguments]
+        process = subprocess.Popen(command, cwd=course.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        seen = read_terminal(ours)
+        return process.wait(60), seen.decode(environment.get("PYTHONIOENCODING", "utf-8"))
+
+    return run
 
 
 def plain(text: str) -> list[str]:
@@ -44,11 +42,11 @@ def plain(text: str) -> list[str]:
 
 
 class TestColour:
-    def test_on_a_terminal_there_is_some(self, course):
-        assert ESCAPE in in_a_terminal(course, "status")[1]
+    def test_on_a_terminal_there_is_some(self, in_a_terminal):
+        assert ESCAPE in in_a_terminal("status")[1]
 
-    def test_no_color_means_no_colour(self, course):
-        code, text = in_a_terminal(course, "status", NO_COLOR="1")
+    def test_no_color_means_no_colour(self, in_a_terminal):
+        code, text = in_a_terminal("status", NO_COLOR="1")
         assert code == 0 and not re.search(r"\x1b\[[0-9;]*3[0-7]m", text), repr(text)
 
     @pytest.mark.parametrize("arguments", COMMANDS)
@@ -93,10 +91,10 @@ class TestCharacters:
 
 
 class TestWidth:
-    def test_on_a_terminal_no_line_is_longer_than_it(self, course):
+    def test_on_a_terminal_no_line_is_longer_than_it(self, course, in_a_terminal):
         course.solve("1", double="return x")
         for arguments in (["module", "start", "1", "--no-open"], ["status"], ["module", "test", "1"]):
-            for line in plain(in_a_terminal(course, *arguments, columns=60)[1]):
+            for line in plain(in_a_terminal(*arguments, columns=60)[1]):
                 words = line.split()
                 assert len(line) <= 60 or len(words) <= 2 or "/" in line, f"{len(line)} columns: {line}"
 

@@ -131,7 +131,7 @@ class TestText:
         assert f"new: {len(ids) - 9} tokens" in figures and "the model ended the text" in figures
 
     @pytest.mark.skipif(os.name == "nt", reason="a terminal of POSIX")
-    def test_a_terminal_is_not_given_orders(self, saved):
+    def test_a_terminal_is_not_given_orders(self, saved, read_terminal):
         """Control characters that the model makes are shown as U+FFFD there; a file gets them as they are."""
         told = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
         arguments = ["generate", PROMPT, "--model", str(saved), "--tokens", "50", "--temperature", "9", "--seed", "1"]
@@ -139,14 +139,7 @@ class TestText:
         ours, theirs = os.openpty()
         with subprocess.Popen(COMMAND + arguments, stdout=theirs, stderr=subprocess.PIPE, **HERE) as running:
             os.close(theirs)
-            shown = b""
-            try:
-                while piece := os.read(ours, 4096):
-                    shown += piece
-            except OSError:  # how Linux says that the other side is closed
-                pass
-        os.close(ours)
-        shown = shown.decode().replace("\r\n", "\n")
+            shown = read_terminal(ours).decode().replace("\r\n", "\n")
         assert running.returncode == 0 and told.search(plain) and shown == told.sub("\ufffd", plain)
 
 
